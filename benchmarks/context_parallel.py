@@ -126,7 +126,6 @@ def _train(options: argparse.Namespace) -> None:
     backbone = Backbone(source, dtype="bfloat16", random_weights=True, gradient_checkpointing=True)
     optimizer = functools.partial(torch.optim.AdamW, lr=1e-5, fused=not options.smoke)
     clock, counted = _Clock(), _Counted()
-    exchange.distributed = counted  # type: ignore[assignment]
     trainer = lightning.Trainer(
         accelerator="cpu" if options.smoke else "cuda",
         devices=options.devices,
@@ -202,27 +201,28 @@ def _batches(options: argparse.Namespace) -> DataLoader[Any]:
 
 
 class _Counted:
-    """torch.distributed for what shared rows exchange, counting the bytes that come from other devices."""
-
-    ProcessGroup = torch.distributed.ProcessGroup
+    """Counts the bytes that shared rows bring from other devices."""
 
     def __init__(self) -> None:
         self.received = {"halos": 0, "compact": 0, "gradients of compact": 0}
+        self._calls = exchange.all_to_all, exchange.all_gather, exchange.reduce_scatter
+        exchange.all_to_all, exchange.all_gather = self._all_to_all, self._all_gather
+        exchange.reduce_scatter = self._reduce_scatter
 
-    def all_to_all_single(
-        self, output: Tensor, given: Tensor, incoming: list[int], outgoing: list[int], group: Any
+    def _all_to_all(
+        self, output: Tensor, given: Tensor, incoming: list[int], outgoing: list[int], *, group: Any
     ) -> Any:
-        own = incoming[group.rank()]
-        self.received["halos"] += _bytes(output) * (sum(incoming) - own) // max(sum(incoming), 1)
-        return torch.distributed.all_to_all_single(output, given, incoming, outgoing, group=group)
+        others = sum(incoming) - incoming[group.rank()]
+        self.received["halos"] += _bytes(output) * others // max(sum(incoming), 1)
+        return self._calls[0](output, given, incoming, outgoing, group=group)
 
-    def all_gather_into_tensor(self, output: Tensor, given: Tensor, group: Any, async_op: bool) -> Any:
+    def _all_gather(self, output: Tensor, given: Tensor, **options: Any) -> Any:
         self.received["compact"] += _bytes(output) - _bytes(given)
-        return torch.distributed.all_gather_into_tensor(output, given, group=group, async_op=async_op)
+        return self._calls[1](output, given, **options)
 
-    def reduce_scatter_tensor(self, output: Tensor, given: Tensor, group: Any, async_op: bool) -> Any:
+    def _reduce_scatter(self, output: Tensor, given: Tensor, **options: Any) -> Any:
         self.received["gradients of compact"] += _bytes(given) - _bytes(output)
-        return torch.distributed.reduce_scatter_tensor(output, given, group=group, async_op=async_op)
+        return self._calls[2](output, given, **options)
 
 
 def _bytes(tensor: Tensor) -> int:

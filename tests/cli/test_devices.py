@@ -147,3 +147,13 @@ def test_devices_that_share_rows_train_what_one_device_trains(tmp_path):
     half = last(tmp_path / "half")
     processes.run(on_two("context_parallel", *CONTEXT, "--ckpt_path", str(half), folder="whole", steps=4), tmp_path)
     assert_same(last(tmp_path / "whole"), alone)
+
+
+def test_devices_that_share_rows_evaluate_by_questions(tmp_path):
+    arguments = ["test", *DEBUG, *NO_LOGGER, *CONTEXT[2:], "--trainer.accelerator", "cpu",
+                 "--trainer.callbacks", "[{class_path: lrsa_lit.callbacks.AnswerWriter}]"]  # fmt: skip
+    main([*arguments, "--trainer.default_root_dir", "one"])
+    two = ["--config", "configs/trainer/context_parallel.yaml", "--trainer.devices", "2"]
+    processes.run([*arguments, *two, "--trainer.default_root_dir", "two"], tmp_path)
+    (one,), (two,) = ([*(tmp_path / name).rglob("*.jsonl")] for name in ("one", "two"))
+    assert one.read_text() == two.read_text()

@@ -12,7 +12,8 @@ import torch
 from helpers import boundaries, random_qkv
 from torch import distributed
 
-from lrsa_lit.context_parallel import SharedRows, Shares
+from lrsa_lit.context_parallel import SharedRows, Shares, exchange
+from lrsa_lit.context_parallel.share_plan import Plan
 from lrsa_lit.ops import sparse_attention as ops
 from lrsa_lit.ops.sparse_attention import (
     Compressor,
@@ -110,15 +111,36 @@ def own(tensor, shares, rank):
 def of_each(rank, port, ranks, folder):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=ranks, rank=rank)
-    found = {}
+    found, came = {}, []
+    monitor(came)
     for name, case in CASES.items():
         shares = shares_of(case, ranks)
+        came.clear()
         tensors = [own(tensor.detach(), shares, rank).requires_grad_() for tensor in drawn(case)]
         shared = SharedRows(shares, distributed.group.WORLD)
         output = shared.attend(*tensors, case.rule, scale=0.3)
+        received = sum(came)
         weighted = output * own(weights(of_one(case)[0]), shares, rank)
-        found[name] = [output.detach(), *torch.autograd.grad(weighted.sum(), tensors)]
+        found[name] = [output.detach(), *torch.autograd.grad(weighted.sum(), tensors), received, sum(came)]
     torch.save(found, folder / f"{rank}.pt")
+
+
+def monitor(came):
+    """Note how many numbers each call brings from other ranks."""
+
+    def to_all(output, given, incoming, outgoing, *, group, call=exchange.all_to_all):
+        came.append(output.numel() // max(sum(incoming), 1) * (sum(incoming) - incoming[group.rank()]))
+        return call(output, given, incoming, outgoing, group=group)
+
+    def noted(call):
+        def run(output, given, **options):
+            came.append(abs(output.numel() - given.numel()))
+            return call(output, given, **options)
+
+        return run
+
+    exchange.all_to_all, exchange.all_gather = to_all, noted(exchange.all_gather)
+    exchange.reduce_scatter = noted(exchange.reduce_scatter)
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["two ranks", "four ranks"])
@@ -141,3 +163,16 @@ def test_ranks_find_what_one_process_does(name, found):
     query, key, value = drawn(case)
     everything = dense_attention(query, key[..., :6], value, cu_seqlens=packed, scale=0.3)
     assert torch.allclose(everything, of_one(case)[0]) == ("dense" in name or name == "all kept")
+
+
+@pytest.mark.parametrize("name", ["LagRelative", "three rows", "packed", "dense"])
+def test_ranks_receive_what_the_plan_counts(name, found):
+    case = CASES[name]
+    plan = Plan(shares_of(case, len(found)), case.rule)
+    returned = 0
+    for rank, results in enumerate(found):
+        *_, forward, both = results[name]
+        # Of two heads, a key and a value of six channels.
+        assert forward == sum(plan.received(rank)) * case.batch * 2 * 12
+        returned += both - forward
+    assert returned == sum(results[name][-2] for results in found)

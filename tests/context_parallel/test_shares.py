@@ -1,16 +1,22 @@
 """Who holds which tokens of a shared row, who compresses what, and what is exchanged: properties of integers."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from objective_helpers import example
 
+from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.context_parallel import Shares, shortest_row
 from lrsa_lit.context_parallel.share_plan import Plan
+from lrsa_lit.data.collate import collate_packed
 from lrsa_lit.errors import UserError
+from lrsa_lit.objectives.positions import Positions
 from lrsa_lit.ops.sparse_attention import Rule, compressed_at, raw_start
+from lrsa_lit.tasks.shared_batch import inputs_of, long_enough, shared_rows
 
 RULES = st.builds(
     Rule, sink_size=st.integers(0, 9), lag_size=st.integers(2, 8), top_k=st.integers(0, 2),
@@ -90,23 +96,20 @@ def test_halos_hold_what_the_first_query_sees_and_no_more(drawn):
 
 
 @given(shared())
-def test_the_compact_rows_of_a_sequence_follow_each_other_and_come_in_time(drawn):
+def test_the_compact_rows_of_a_sequence_follow_each_other(drawn):
     rule, shares = drawn
     plan = Plan(shares, rule)
-    spans = [[gather.span(number) for gather in plan.gathers] for number in range(len(shares.boundaries) - 1)]
+    spans, gather = plan.gather.spans, plan.gather
     for number, pieces in itertools.groupby(itertools.chain(*plan.pieces), key=lambda piece: piece.sequence):
         parts = list(pieces)
-        sizes = [stop - start for start, stop in spans[number]]
-        if plan.is_whole(parts[0]):
-            assert sizes == [0, 0]
-        else:
-            total = parts[0].partitions
-            assert sum(sizes) == (rule.sink_size + total * rule.top_k if total else 0)
-    for share, pieces in enumerate(plan.pieces):
-        gathers = plan.gathers[: 1 if share < shares.ranks else 2]
-        for piece in pieces:
-            there = sum(np.diff(gather.span(piece.sequence))[0] for gather in gathers)
-            assert plan.is_whole(piece) or plan.needed(piece) <= there
+        start, stop = spans.get(number, (0, 0))
+        total = 0 if plan.is_whole(parts[0]) else parts[0].partitions
+        assert stop - start == (rule.sink_size + total * rule.top_k if total else 0)
+        assert all(plan.needed(piece) <= stop - start for piece in parts if not plan.is_whole(piece))
+    # Each row that a rank gives comes once; that they are in the order of the sequence shows where ranks attend.
+    rows = [row for span in gather.order for row in range(*span)]
+    assert len(set(rows)) == len(rows)
+    assert all(0 <= row < gather.rows * shares.ranks for row in rows)
 
 
 def test_compact_pairs_are_k_of_l_of_what_a_ring_moves():
@@ -124,3 +127,23 @@ def test_compact_pairs_are_k_of_l_of_what_a_ring_moves():
 def test_a_row_of_less_than_two_partitions_for_each_rank_is_refused(tokens, ranks):
     with pytest.raises(UserError, match=f"two partitions for each device, and one has {tokens}"):
         Shares.cut([0, tokens], ranks, Rule(sink_size=3, lag_size=6, top_k=2))
+
+
+def test_a_packed_row_that_is_too_short_gets_a_sequence_of_pads():
+    config = LRSAConfig(sink_size=2, lag_size=16, top_k=4)
+    group = SimpleNamespace(size=lambda: 2, rank=lambda: 1)
+    mesh = SimpleNamespace(mesh_dim_names=("data_parallel", "context"), get_group=lambda _: group)
+    batch = collate_packed([example(20, 5, "a"), example(10, 2, "b")])
+    longer = long_enough(batch, mesh, config)
+    assert longer["boundaries"] == [0, 25, 37, 64]
+    assert longer["input_ids"].shape == longer["labels"].shape == (1, 64)
+    assert longer["input_ids"][:, :37].equal(batch["input_ids"])
+    shared = shared_rows(longer, mesh, config)
+    inputs = inputs_of(longer, shared)
+    assert inputs["input_ids"].shape == inputs["position_ids"].shape
+    # Its tokens are those from 18 on.
+    assert shared.shares.spans(1) == [(18, 27), (27, 55)]
+    assert Positions(longer, 0, 0, shared).answers().tolist() == [each - 18 for each in [19, 20, 21, 22, 23, 34, 35]]
+    # Each device has batches of its own, or the row is long enough.
+    assert long_enough(batch, None, config) is batch
+    assert long_enough(longer, mesh, config) is longer

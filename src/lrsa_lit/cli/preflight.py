@@ -92,7 +92,6 @@ def check_context(task: LongContextQA, data: QADataModule, strategy: Strategy) -
     """Refuse what devices that share rows cannot train."""
     if not isinstance(strategy, FullySharded) or strategy.context == 1:
         return
-    strategy.check_devices()
     with under("trainer.strategy.init_args"):
         check_shareable(task.train_config, task.objective, task.backbone.config)
         rule, packing = (task.train_config or task.lrsa).rule, data.packing

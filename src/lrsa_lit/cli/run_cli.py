@@ -38,7 +38,7 @@ from lrsa_lit.data.loaders import check_steps
 from lrsa_lit.errors import UserError, under
 from lrsa_lit.lightning_internals import OpenCLI, counts_before_shares
 from lrsa_lit.paths import check_writable, expanded
-from lrsa_lit.strategies import shards_weights
+from lrsa_lit.strategies import FullySharded, shards_weights
 from lrsa_lit.tracking import RecordConfig
 from lrsa_lit.tracking.logger import mlflow_run
 from lrsa_lit.uris import register
@@ -244,6 +244,8 @@ class RunCLI(OpenCLI):
         except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
             # ImportError: the library of an accelerator, a strategy or a profiler is not installed.
             raise first_user_error(error) or UserError("trainer", reason=one_line(str(error))) from error
+        if isinstance(trainer.strategy, FullySharded):
+            trainer.strategy.check_devices()
         if shards_weights(trainer.strategy) and (whole := self.needs_whole_weights()):
             raise UserError("trainer.strategy", reason=f"cannot train {whole} where the model is sharded")
         if self.subcommand == "fit":

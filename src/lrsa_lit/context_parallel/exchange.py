@@ -20,6 +20,11 @@ from lrsa_lit.context_parallel.share_plan import Gather, Plan, exchange_of
 
 Group = distributed.ProcessGroup
 
+all_to_all = distributed.all_to_all_single
+# torch 2.13 has renamed them.
+all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+reduce_scatter = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
+
 
 def with_halos(pairs: Tensor, plan: Plan, group: Group) -> tuple[Tensor, Tensor]:
     """The pairs (B, H, rows, W) of each of a rank's shares, behind those of its halo; from pairs (B, H, Tr, W)."""
@@ -79,7 +84,7 @@ def _all_to_all(
     if group is None:
         return packed.permute(1, 2, 0, 3)
     came = packed.new_empty(sum(incoming), *packed.shape[1:])
-    distributed.all_to_all_single(came, packed, incoming, outgoing, group=group)
+    all_to_all(came, packed, incoming, outgoing, group=group)
     return came.permute(1, 2, 0, 3)
 
 
@@ -113,7 +118,7 @@ class Transfer:
             self._under_way.clear()
 
     def end(self, begun: Tensor) -> Tensor:
-        """Wait; returns the compact rows (B, H, rows, W) in ``gather.order()``."""
+        """Wait; returns the compact rows (B, H, rows, W) in ``gather.order``."""
         found: Tensor = _End.apply(begun, self)
         return found
 
@@ -126,7 +131,7 @@ class _Begin(torch.autograd.Function):
         sent = rows.new_zeros(transfer.gather.rows, batch, heads, width)
         sent[:count] = rows.permute(2, 0, 1, 3)
         whole = sent.new_empty(transfer.group.size() * len(sent), *sent.shape[1:])
-        work = distributed.all_gather_into_tensor(whole, sent, group=transfer.group, async_op=True)
+        work = all_gather(whole, sent, group=transfer.group, async_op=True)
         transfer.under_way(work, sent)
         return whole
 
@@ -145,7 +150,7 @@ class _End(torch.autograd.Function):
     def forward(ctx: Any, whole: Tensor, transfer: Transfer) -> Tensor:  # type: ignore[override]
         transfer.wait()
         ctx.transfer, ctx.shape = transfer, whole.shape
-        return torch.cat([whole[start:stop] for start, stop in transfer.gather.order()]).permute(1, 2, 0, 3)
+        return torch.cat([whole[start:stop] for start, stop in transfer.gather.order]).permute(1, 2, 0, 3)
 
     @staticmethod
     @once_differentiable
@@ -153,11 +158,11 @@ class _End(torch.autograd.Function):
         transfer: Transfer = ctx.transfer
         whole, place = gradient.new_zeros(ctx.shape), 0
         by_row = gradient.permute(2, 0, 1, 3)
-        for start, stop in transfer.gather.order():
+        for start, stop in transfer.gather.order:
             whole[start:stop] = by_row[place : place + stop - start]
             place += stop - start
         summed = whole.new_empty(transfer.gather.rows, *whole.shape[1:])
-        work = distributed.reduce_scatter_tensor(summed, whole, group=transfer.group, async_op=True)
+        work = reduce_scatter(summed, whole, group=transfer.group, async_op=True)
         transfer.under_way(work, whole)
         transfer._summed = summed
         return whole, None

@@ -6,7 +6,7 @@ halo, D head_dim, w window of the compressor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -44,25 +44,45 @@ class OneShare:
 
     def compressed(self) -> Tensor:
         """The compact rows (B, H, rows, 2 D) that it gives to all: keys beside values, one piece after the other."""
-        parts = [self._compact(piece) for piece in self._pieces if not self.plan.is_whole(piece)]
+        parts = [self._compact(piece) for piece in self.parts]
         key, value = joined((self._bare[:, :, :0], self.value[:, :, :0]), *parts)
         return torch.cat([key, value], dim=-1)
 
-    def attend(self, compact_of: Callable[[int], Pair], scale: float) -> Tensor:
-        """The attention (B, Hq, Ts, D) of its queries.
+    @property
+    def parts(self) -> list[Piece]:
+        """Of sequences that other shares have parts of, too."""
+        return [piece for piece in self._pieces if not self.plan.is_whole(piece)]
+
+    def attend_parts(self, compact: Tensor, heads: slice, scale: float) -> list[Tensor]:
+        """The attention (B, h Hq / H, tokens, D) of the queries of each of its ``parts`` in h neighbouring heads.
 
         Args:
-            compact_of: the compact pairs (B, H, rows, D) of a sequence that other shares have parts of, up to those
-                that this one makes.
+            compact: (B, h, rows, 2 D), the compact rows of all shares.
+            heads: which key-value heads.
             scale: factor of the scores before the softmax.
         """
-        outputs, whole = [], [piece for piece in self._pieces if self.plan.is_whole(piece)]
-        for piece in self._pieces:
-            if piece not in whole:
-                outputs.append(self._attend(piece, compact_of(piece.sequence), scale))
-            elif piece == whole[0]:
-                outputs.append(self._attend_whole(whole, scale))
-        return torch.cat(outputs, dim=2)
+        return [self._attend(piece, compact, heads, scale) for piece in self.parts]
+
+    def attend_whole(self, scale: float) -> Tensor:
+        """That of the sequences that lie within the share, which follow each other: (B, Hq, tokens, D)."""
+        pieces = [piece for piece in self._pieces if self.plan.is_whole(piece)]
+        if not pieces:
+            return self.query[:, :, :0]
+        raw = slice(self._raw(pieces[0], 0).start, self._raw(pieces[-1], 0).stop)
+        place, start = self._place(pieces[0]), self.plan.shares.boundaries[pieces[0].sequence]
+        query = self.query[:, :, place : place + raw.stop - raw.start]
+        boundaries = [0, *(self.plan.shares.boundaries[piece.sequence + 1] - start for piece in pieces)]
+        key, value = self.key[:, :, raw], self.value[:, :, raw]
+        selection = select(key, value, self.rule, boundaries) if self.rule.compressor.takes_scores else None
+        output: Tensor = implementation(self.impl, query).forward(
+            query, self._bare[:, :, raw], value, self.rule, boundaries=boundaries, scale=scale, selection=selection
+        )
+        return output
+
+    def joined(self, whole: Tensor, parts: Sequence[Tensor]) -> Tensor:
+        """The outputs (B, Hq, Ts, D) of all queries: those of the ``parts`` around those of :meth:`attend_whole`."""
+        before = sum(1 for piece in self.parts if piece.start > 0)
+        return torch.cat([*parts[:before], whole, *parts[before:]], dim=2)
 
     @property
     def _pieces(self) -> Sequence[Piece]:
@@ -109,30 +129,17 @@ class OneShare:
         grouped: Tensor = windows.transpose(-1, -2).unflatten(1, (self.key.shape[1], -1))
         return grouped
 
-    def _attend(self, piece: Piece, compact: Pair, scale: float) -> Tensor:
-        raw, rows = self._raw(piece, piece.raw_from), self.plan.needed(piece)
+    def _attend(self, piece: Piece, compact: Tensor, heads: slice, scale: float) -> Tensor:
+        raw, group = self._raw(piece, piece.raw_from), self.query.shape[1] // self.key.shape[1]
+        start, _ = self.plan.gather.spans.get(piece.sequence, (0, 0))
+        seen_key, seen_value = compact[:, :, start : start + self.plan.needed(piece)].chunk(2, dim=-1)
         output: Tensor = implementation(self.impl, self.query).attend(
-            self._queries(piece),
-            (compact[0][:, :, :rows], compact[1][:, :, :rows]),
-            (self._bare[:, :, raw], self.value[:, :, raw]),
+            self._queries(piece)[:, heads.start * group : heads.stop * group],
+            (seen_key, seen_value),
+            (self._bare[:, heads, raw], self.value[:, heads, raw]),
             self.rule,
             scale=scale,
             query_offset=piece.start,
             raw_offset=piece.raw_from,
-        )
-        return output
-
-    def _attend_whole(self, pieces: Sequence[Piece], scale: float) -> Tensor:
-        """That of sequences none of which has a part elsewhere; they follow each other."""
-        first, last = pieces[0], pieces[-1]
-        raw = slice(self._raw(first, 0).start, self._raw(last, 0).stop)
-        place = self._place(first)
-        query = self.query[:, :, place : place + raw.stop - raw.start]
-        start = self.plan.shares.boundaries[first.sequence]
-        boundaries = [0, *(self.plan.shares.boundaries[piece.sequence + 1] - start for piece in pieces)]
-        key, value = self.key[:, :, raw], self.value[:, :, raw]
-        selection = select(key, value, self.rule, boundaries) if self.rule.compressor.takes_scores else None
-        output: Tensor = implementation(self.impl, query).forward(
-            query, self._bare[:, :, raw], value, self.rule, boundaries=boundaries, scale=scale, selection=selection
         )
         return output

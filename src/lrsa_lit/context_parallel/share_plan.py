@@ -71,7 +71,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Gather:
-    """The compact rows of N shares, one of each rank, padded to equally many.
+    """The compact rows of all ranks, padded to equally many: of each rank those of its first share, then the others.
 
     Attributes:
         rows: that each rank gives, padding included; 0 where there is nothing to gather.
@@ -81,19 +81,16 @@ class Gather:
     rows: int
     parts: dict[int, list[tuple[int, int]]]
 
+    @property
     def order(self) -> list[tuple[int, int]]:
         """All parts, one sequence after the other."""
         return list(itertools.chain.from_iterable(self.parts.values()))
 
-    def span(self, sequence: int) -> tuple[int, int]:
-        """Where the rows of a sequence are in that order."""
-        start = 0
-        for number, parts in self.parts.items():
-            size = sum(stop - start for start, stop in parts)
-            if number == sequence:
-                return start, start + size
-            start += size
-        return start, start
+    @functools.cached_property
+    def spans(self) -> dict[int, tuple[int, int]]:
+        """Where the rows of each sequence are in that order."""
+        sizes = [sum(stop - start for start, stop in parts) for parts in self.parts.values()]
+        return dict(zip(self.parts, itertools.pairwise([0, *itertools.accumulate(sizes)]), strict=True))
 
 
 class Plan:
@@ -108,7 +105,7 @@ class Plan:
         halos: of each share the tokens [start, stop) of the row that its holder needs from before it.
         moves: who sends what for them, in the order in which each rank sends and receives.
         moves_any: whether any rank needs what another one holds, so that all must call each other.
-        gathers: of the compact rows: those of the shares from the front, and those of the others.
+        gather: of the compact rows.
     """
 
     def __init__(self, shares: Shares, rule: Rule) -> None:
@@ -121,7 +118,7 @@ class Plan:
         ]
         self.moves = sorted(self._moves())
         self.moves_any = any(move.sender != move.receiver for move in self.moves)
-        self.gathers = [self._gather(half) for half in (0, 1)]
+        self.gather = self._gather()
 
     def contributed(self, piece: Piece) -> int:
         """The compact rows that the holder of a piece makes: of sinks, and of the partitions that it compresses."""
@@ -143,7 +140,7 @@ class Plan:
         The backward pass sends a gradient back for each.
         """
         halos = sum(move.size for move in self.moves if move.receiver == rank != move.sender)
-        return halos, (self.shares.ranks - 1) * sum(gather.rows for gather in self.gathers)
+        return halos, (self.shares.ranks - 1) * self.gather.rows
 
     def _pieces(self, start: int, stop: int, totals: list[int]) -> list[Piece]:
         """Those of the tokens [start, stop) of the row."""
@@ -173,22 +170,23 @@ class Plan:
                     found.append(Move(holder(other), holder(share), share, begin, end))
         return found
 
-    def _gather(self, half: int) -> Gather:
-        count = self.shares.ranks
+    def _gather(self) -> Gather:
         rows = [
             [(piece.sequence, self.contributed(piece)) for piece in pieces if not self.is_whole(piece)]
             for pieces in self.pieces
         ]
-        shares = range(half * count, (half + 1) * count)
-        most = max(sum(size for _, size in rows[share]) for share in shares)
+        sizes = [sum(size for _, size in of_share) for of_share in rows]
+        ranks = range(self.shares.ranks)
+        most = max(sum(sizes[share] for share in self.shares.of_rank(rank)) for rank in ranks)
         parts: dict[int, list[tuple[int, int]]] = {}
-        for share in shares:
-            start = self.shares.holder(share) * most
-            for sequence, size in rows[share]:
+        for share, of_share in enumerate(rows):
+            holder = self.shares.holder(share)
+            start = holder * most + (0 if share == holder else sizes[holder])
+            for sequence, size in of_share:
                 if size:
                     parts.setdefault(sequence, []).append((start, start + size))
                 start += size
-        return Gather(most, dict(sorted(parts.items())))
+        return Gather(most, parts)
 
 
 @functools.lru_cache(maxsize=256)

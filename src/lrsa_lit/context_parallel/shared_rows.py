@@ -12,17 +12,20 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, distributed
 
 from lrsa_lit.context_parallel.exchange import Transfer, reached, with_halos
 from lrsa_lit.context_parallel.one_share import OneShare
-from lrsa_lit.context_parallel.share_plan import Gather, plan_of
+from lrsa_lit.context_parallel.share_plan import plan_of
 from lrsa_lit.context_parallel.shares import Flags, Numbers, Shares
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import HeadRules, Impl, Rule, through_channels
-from lrsa_lit.ops.sparse_attention.buffer import Pair
 from lrsa_lit.ops.sparse_attention.rule import KEEP_ALL
+
+_GATHERS = 4
+"""Of a layer: nothing hides the first one, and each costs launches of its own."""
 
 
 @dataclass(frozen=True)
@@ -97,38 +100,25 @@ def _attend(
         OneShare(plan, share, queries, rows[..., : key.shape[-1]], rows[..., key.shape[-1] :], rule, impl)
         for share, queries, rows in zip(shared.shares.of_rank(rank), query.split(sizes, dim=2), halos, strict=True)
     ]
-    # The gather of the shares from the front goes on while the others are compressed, that of the others while the
-    # queries of those from the front attend.
-    transfers = [Transfer(gather, shared.group) for gather in plan.gathers]
-    begun = [
-        transfer.begin(part.compressed()) if transfer.gather.rows else None
-        for transfer, part in zip(transfers, parts, strict=True)
+    compressed = torch.cat([part.compressed() for part in parts], dim=2)
+    # Some heads attend while what others need is still on its way.
+    heads = _in_groups(key.shape[1]) if plan.gather.rows else []
+    transfers = [Transfer(plan.gather, shared.group) for _ in heads]
+    under_way = [transfer.begin(compressed[:, group]) for transfer, group in zip(transfers, heads, strict=True)]
+    whole = [part.attend_whole(scale) for part in parts]
+    gathered, of_groups = [], []
+    for group, transfer, begun in zip(heads, transfers, under_way, strict=True):
+        gathered.append(transfer.end(begun))
+        of_groups.append([part.attend_parts(gathered[-1], group, scale) for part in parts])
+    if not heads:
+        of_groups.append([part.attend_parts(compressed, slice(0, key.shape[1]), scale) for part in parts])
+    outputs = [
+        part.joined(of_whole, [torch.cat(groups, dim=1) for groups in zip(*of_parts, strict=True)])
+        for part, of_whole, of_parts in zip(parts, whole, zip(*of_groups, strict=True), strict=True)
     ]
-    outputs, gathered = [], _Gathered(value.new_empty(*value.shape[:2], 0, 2 * value.shape[3]))
-    for transfer, part, rows in zip(transfers, parts, begun, strict=True):
-        if rows is not None:
-            gathered.add(transfer.gather, transfer.end(rows))
-        outputs.append(part.attend(gathered.of, scale))
-    return reached(torch.cat(outputs, dim=2), *gathered.rows)
+    return reached(torch.cat(outputs, dim=2), *gathered)
 
 
-class _Gathered:
-    """The compact rows that are there, (B, H, rows, 2 D) of each gather."""
-
-    def __init__(self, nothing: Tensor) -> None:
-        self._gathers: list[Gather] = []
-        self._nothing = nothing
-        self.rows: list[Tensor] = []
-
-    def add(self, gather: Gather, rows: Tensor) -> None:
-        """Take in those of one more."""
-        self._gathers.append(gather)
-        self.rows.append(rows)
-
-    def of(self, sequence: int) -> Pair:
-        """Those of a sequence: keys and values (B, H, rows, D)."""
-        spans = [gather.span(sequence) for gather in self._gathers]
-        parts = [rows[:, :, start:stop] for rows, (start, stop) in zip(self.rows, spans, strict=True) if start < stop]
-        whole = parts[0] if len(parts) == 1 else torch.cat([self._nothing, *parts], dim=2)
-        key, value = whole.chunk(2, dim=-1)
-        return key, value
+def _in_groups(heads: int) -> list[slice]:
+    """Neighbouring heads, in at most ``_GATHERS`` groups."""
+    return [slice(group[0], group[-1] + 1) for group in np.array_split(range(heads), min(heads, _GATHERS))]

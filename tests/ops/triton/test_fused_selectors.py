@@ -9,6 +9,7 @@ from ops.triton.oracle import DEVICE, inputs
 
 from lrsa_lit.ops.sparse_attention import (
     KeyDiff,
+    LagRelative,
     LagRelativeTail,
     QueryAttention,
     QueryRuns,
@@ -95,6 +96,20 @@ def test_partitions_of_a_call_keep_the_same_pairs(selector):
     windows = windows_of(query, key, rule, 3)
     ours, theirs = (run.compress(key, value, rule, 3, 2, windows) for run in (kernels, eager))
     assert all(map(torch.equal, ours, theirs))
+    assert not any(tensor.requires_grad for tensor in ours)
+
+
+@pytest.mark.parametrize("selector", [LagRelative(), *SELECTORS], ids=str)
+def test_pairs_that_the_kernels_keep_have_gradients(selector):
+    query, key, value, _ = inputs(1, 4, 2, 75, 24)
+    rule = SMALL.replace(compressor=selector, sink_size=0)
+    tensors, results = [key.clone().requires_grad_(), value.clone().requires_grad_()], []
+    for run in (kernels, eager):
+        pairs = run.compress(*tensors, rule, 3, 2, windows_of(query, key, rule, 3))
+        grads = torch.autograd.grad(sum((each * each.detach().cos()).sum() for each in pairs), tensors)
+        results.append([*pairs, *grads])
+    assert all(map(torch.equal, *results))
+    assert any(grad.any() for grad in results[0][2:])
 
 
 @pytest.mark.parametrize(

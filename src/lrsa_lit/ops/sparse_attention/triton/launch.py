@@ -17,7 +17,7 @@ from torch import Tensor
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import selection as in_pytorch
 from lrsa_lit.ops.sparse_attention.buffer import Pair, joined
-from lrsa_lit.ops.sparse_attention.compressors import Selector
+from lrsa_lit.ops.sparse_attention.compressors import Selector, gather_kept
 from lrsa_lit.ops.sparse_attention.kernel_code import kernel_code
 from lrsa_lit.ops.sparse_attention.rule import Rule, tensor_of_rule
 from lrsa_lit.ops.sparse_attention.selection import Selection
@@ -126,15 +126,32 @@ def compress(
         compact = compress_frequencies(in_pytorch.partitions_of(key, value, rule, count, first))
         return compact[0].flatten(2, 3), compact[1].flatten(2, 3)
     code = kernel_code(rule.compressor.plain, rule.top_k)
-    if code is None or _want_gradient(key, value, next_query):
+    gradient = _want_gradient(key, value, next_query)
+    if code is None or (gradient and rule.compressor.plain is not rule.compressor):
         return in_pytorch.compress(key, value, rule, count, first, next_query)
     if next_query is not None:
         # More queries may be given, for the gradient's selector.
         next_query = next_query[..., next_query.shape[-2] - rule.compressor.plain.window :, :]
     # Treat them as a separate sequence without sinks, just long enough for these partitions to be compressed.
     geometry = Geometry(0, rule.lag_size, rule.top_k, rule.lag_size, (0, (count + 1) * rule.lag_size + 1))
-    ranks, _ = fused_ranks(code, next_query, key, value, geometry)
-    return gather_compact(key, value, ranks, geometry)
+    with torch.no_grad():
+        ranks, _ = fused_ranks(code, next_query, key, value, geometry)
+        if not gradient:
+            return gather_compact(key, value, ranks, geometry)
+        tokens = _tokens_of(ranks, rule.top_k)
+    kept = [
+        gather_kept(part[:, :, : count * rule.lag_size].unflatten(2, (count, rule.lag_size)), tokens).flatten(2, 3)
+        for part in (key, value)
+    ]
+    return kept[0], kept[1]
+
+
+def _tokens_of(ranks: Tensor, keep: int) -> Tensor:
+    """Places (B, H, P, K), within their partitions, of the tokens whose ranks (B, H, P, L) are 0 to K - 1."""
+    places = torch.arange(ranks.shape[3], device=ranks.device).expand(ranks.shape)
+    tokens = places.new_zeros(*ranks.shape[:3], keep + 1)
+    # What is dropped goes to one more place.
+    return tokens.scatter_(-1, ranks.masked_fill(ranks < 0, keep).long(), places)[..., :keep]
 
 
 @torch.compiler.disable
