@@ -6,9 +6,12 @@ import itertools
 
 import pytest
 import torch
+from torch import distributed
 from torch._dynamo.utils import counters
 
 from lrsa_lit.attention import LAYOUT, LRSACache, LRSAConfig, enable, observing, packed_layout, using
+from lrsa_lit.attention.layout import Layout
+from lrsa_lit.context_parallel import SharedRows, Shares
 from lrsa_lit.models import Backbone
 from lrsa_lit.models.tiny import tiny_model
 from lrsa_lit.ops.sparse_attention import RandomTokens, StraightThrough, TokenGate
@@ -94,6 +97,18 @@ def test_packed_rows(models):
 def test_checkpointed_layers(build):
     assert_same(build(gradient_checkpointing=True), tokens(1, 40), RULE)
     assert (graphs(), breaks()) == (1, 0)
+
+
+def test_rows_that_devices_share(build):
+    """A layer stops for what devices exchange."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        shared = SharedRows(Shares.cut((0, 70), 1, RULE.rule), distributed.group.WORLD)
+        layout = {LAYOUT: Layout(shared=shared), "position_ids": shared.positions(torch.device(DEVICE))}
+        assert_same(build(gradient_checkpointing=True), tokens(1, 70), RULE, **layout)
+    finally:
+        distributed.destroy_process_group()
+    assert breaks() > 0
 
 
 def test_mixed_precision(models):

@@ -41,7 +41,6 @@ CASES = {
         AnswerLoss(), Distillation(positions=30, weight=0.7), HiddenAlignment(positions=9, weight=2.0)])),
     "another model teaches": (PLAIN, RULE.replace(compressor=MeanPool(), dense_layers=(0,)), collate_training,
                               lambda: Distillation(positions=30, **TAUGHT)),
-    "compiled": ({"compile_layers": True, "gradient_checkpointing": True}, RULE, collate_training, AnswerLoss),
     "dense": (PLAIN, None, collate_packed, AnswerLoss),
 }  # fmt: skip
 
@@ -49,16 +48,9 @@ CASES = {
 BATCH = collate_packed(EXAMPLES)
 
 
-def cases_of(ranks):
-    """Compiling takes each process its time."""
-    return [name for name in CASES if ranks == 2 or name != "compiled"]
-
-
 def trained(name, groups, strategy="auto", **options):
     """What two steps change in what is trained, and the losses shown, of the batches of some context groups."""
     backbone, rule, collate, objective = CASES[name]
-    if strategy == "auto":
-        backbone = {**backbone, "compile_layers": False}
     made = collate if collate is collate_packed else functools.partial(collate, pad_token_id=2)
     batches = []
     for step in STEPS:
@@ -73,7 +65,7 @@ def trained(name, groups, strategy="auto", **options):
     shown = []
     task.on_train_batch_end = lambda *_: shown.append(float(trainer.callback_metrics["train/loss"]))
     trainer.fit(task, DataLoader(batches, batch_size=1, collate_fn=lambda rows: rows[0]))
-    before = dict(Backbone("tiny", **{**backbone, "compile_layers": False}).build().named_parameters())
+    before = dict(Backbone("tiny", **backbone).build().named_parameters())
     after = {key: whole(weight) for key, weight in task.model.named_parameters() if weight.requires_grad}
     return {key: weight - before[key].detach() for key, weight in after.items()}, shown
 
@@ -88,9 +80,8 @@ def of_one_process(rank, port, ranks, folder):
     os.environ.update({name: str(value) for name, value in (own | found).items()})
     os.chdir(folder)
     torch.set_num_threads(1)
-    torch.compile = functools.partial(torch.compile, backend="eager")
     results = {}
-    for name in cases_of(ranks):
+    for name in CASES:
         options = {"devices": ranks, "of": range(ranks // 2)}
         results[name] = trained(name, [rank // 2], FullySharded(context=2), **options)
     shared = shared_rows(BATCH, SimpleNamespace(mesh_dim_names=["context"], get_group=group), RULE)
@@ -117,8 +108,6 @@ def found(request, tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 def test_devices_that_share_rows_train_what_one_does(name, found, monkeypatch):
     folder, results = found
-    if name not in cases_of(len(results)):
-        pytest.skip("compiled layers are trained by two processes")
     monkeypatch.chdir(folder)
     expected, shown = trained(name, range(len(results) // 2))
     assert sum(change.norm() for change in expected.values()) > 0
