@@ -1,7 +1,7 @@
-"""What ranks exchange for a row that they share, with its gradient: halos, and compact rows while something else runs.
+"""The exchanges between ranks that share a row, with gradients: halos, and an asynchronous gather of compact rows.
 
-Each function is collective: all ranks of the group call it, in one order, in the forward and in the backward pass. The
-order of the backward pass follows from that of the forward pass, as autograd runs later nodes first.
+All ranks of the group must call each function in the same order, in the forward and in the backward pass. Autograd runs
+nodes that were created later first, so the order of the backward pass follows from that of the forward pass.
 
 Dimensions: B batch, H key-value heads, N ranks, Tr tokens that a rank holds, W channels of a key and its value.
 """
@@ -27,7 +27,7 @@ reduce_scatter = getattr(distributed, "reduce_scatter_single", None) or distribu
 
 
 def with_halos(pairs: Tensor, plan: Plan, group: Group) -> tuple[Tensor, Tensor]:
-    """The pairs (B, H, rows, W) of each of a rank's shares, behind those of its halo; from pairs (B, H, Tr, W)."""
+    """The halo and the own pairs (B, H, rows, W) of each of a rank's two shares, from its own pairs (B, H, Tr, W)."""
     first, second = _Halos.apply(pairs, plan, group)
     return first, second
 
@@ -61,11 +61,11 @@ class _Halos(torch.autograd.Function):
                 start += size
             own.append(gradient[:, :, start:])
         whole = torch.cat(own, dim=2)
-        # In the order in which they came.
+        # In the order in which the pairs were received.
         parts = [part for _, part in sorted(back, key=lambda pair: pair[0])]
         returned = _all_to_all(parts, whole, mine.incoming, mine.outgoing, group if plan.moves_any else None)
         start = 0
-        # One after the other: a token that several ranks have got has the same gradient each time.
+        # One after the other, so that the sum for a token that several ranks received is deterministic.
         for part in mine.sent:
             size = part.stop - part.start
             whole[:, :, part] += returned[:, :, start : start + size]
@@ -76,9 +76,9 @@ class _Halos(torch.autograd.Function):
 def _all_to_all(
     parts: Sequence[Tensor], like: Tensor, outgoing: list[int], incoming: list[int], group: Group | None
 ) -> Tensor:
-    """Send parts (B, H, rows, W), so many rows to each rank; returns all that come, one behind the other.
+    """Send parts (B, H, rows, W), ``outgoing`` rows to each rank; returns the received rows, concatenated.
 
-    Without a group, what a rank sends to itself is all.
+    Without a group the rank only sends to itself.
     """
     packed = torch.cat([like[:, :, :0], *parts], dim=2).permute(2, 0, 1, 3).contiguous()
     if group is None:
@@ -90,11 +90,11 @@ def _all_to_all(
 
 @dataclass(eq=False)
 class Transfer:
-    """A gather under way, and in the backward pass the sum of the gradients of what was gathered.
+    """One asynchronous gather of compact rows; in the backward pass, the reduce-scatter of their gradients.
 
     Args:
-        gather: what.
-        group: who.
+        gather: how the rows are gathered.
+        group: the ranks.
     """
 
     gather: Gather
@@ -103,22 +103,22 @@ class Transfer:
     _summed: Tensor | None = field(default=None, repr=False)
 
     def begin(self, rows: Tensor) -> Tensor:
-        """Send compact rows (B, H, up to ``gather.rows``, W) to all; what it returns is for :meth:`end` alone."""
+        """Start to gather compact rows (B, H, up to ``gather.rows``, W). Only :meth:`end` may use the result."""
         begun: Tensor = _Begin.apply(rows, self)
         return begun
 
     def under_way(self, work: Any, sent: Tensor) -> None:
-        """Note what is waited for, and what must live until then."""
+        """Store the work to wait for and the tensor that it reads."""
         self._under_way[:] = [work, sent]
 
     def wait(self) -> None:
-        """Until it is there; on a GPU, what is launched from now on waits."""
+        """Wait until the transfer is done; on a GPU only the kernels launched afterwards wait."""
         if self._under_way:
             self._under_way[0].wait()
             self._under_way.clear()
 
     def end(self, begun: Tensor) -> Tensor:
-        """Wait; returns the compact rows (B, H, rows, W) in ``gather.order``."""
+        """Wait, and return the compact rows (B, H, rows, W) in ``gather.order``."""
         found: Tensor = _End.apply(begun, self)
         return found
 
@@ -169,7 +169,7 @@ class _End(torch.autograd.Function):
 
 
 def reached(output: Tensor, *others: Tensor) -> Tensor:
-    """The output, with a gradient of zero to the others: their ranks wait for this one in the backward pass."""
+    """The output, as if it depended on the other tensors: their backward pass must run on each rank, used or not."""
     found: Tensor = _Reached.apply(output, *others)
     return found
 

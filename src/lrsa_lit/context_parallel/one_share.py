@@ -1,4 +1,4 @@
-"""What the holder of a share does by itself: compress partitions, and let its queries attend.
+"""What a rank computes for one of its shares: compressed partitions, and the attention of the share's queries.
 
 Dimensions: B batch, H key-value heads, Hq query heads, G of each key-value head, Ts tokens of the share, Th of the
 halo, D head_dim, w window of the compressor.
@@ -25,10 +25,10 @@ class OneShare:
     """A share and the halo before it, in one layer.
 
     Args:
-        plan: of the row.
-        share: which one it is.
+        plan: the plan of the row.
+        share: number of the share.
         query: (B, Hq, Ts, D).
-        key: (B, H, Th + Ts, D), with what travels with keys.
+        key: (B, H, Th + Ts, D), with scores of tokens if the compressor takes some.
         value: (B, H, Th + Ts, D).
         rule: the rule.
         impl: implementation of the operator.
@@ -43,18 +43,18 @@ class OneShare:
     impl: Impl
 
     def compressed(self) -> Tensor:
-        """The compact rows (B, H, rows, 2 D) that it gives to all: keys beside values, one piece after the other."""
+        """The compact rows (B, H, rows, 2 D) that all ranks gather: keys beside values, one piece after the other."""
         parts = [self._compact(piece) for piece in self.parts]
         key, value = joined((self._bare[:, :, :0], self.value[:, :, :0]), *parts)
         return torch.cat([key, value], dim=-1)
 
     @property
     def parts(self) -> list[Piece]:
-        """Of sequences that other shares have parts of, too."""
+        """The pieces of sequences that also lie in other shares."""
         return [piece for piece in self._pieces if not self.plan.is_whole(piece)]
 
     def attend_parts(self, compact: Tensor, heads: slice, scale: float) -> list[Tensor]:
-        """The attention (B, h Hq / H, tokens, D) of the queries of each of its ``parts`` in h neighbouring heads.
+        """The attention (B, h Hq / H, tokens, D) of each of the ``parts``, in h adjacent key-value heads.
 
         Args:
             compact: (B, h, rows, 2 D), the compact rows of all shares.
@@ -64,7 +64,7 @@ class OneShare:
         return [self._attend(piece, compact, heads, scale) for piece in self.parts]
 
     def attend_whole(self, scale: float) -> Tensor:
-        """That of the sequences that lie within the share, which follow each other: (B, Hq, tokens, D)."""
+        """The attention (B, Hq, tokens, D) of the sequences that lie within the share; they are adjacent."""
         pieces = [piece for piece in self._pieces if self.plan.is_whole(piece)]
         if not pieces:
             return self.query[:, :, :0]
@@ -80,7 +80,7 @@ class OneShare:
         return output
 
     def joined(self, whole: Tensor, parts: Sequence[Tensor]) -> Tensor:
-        """The outputs (B, Hq, Ts, D) of all queries: those of the ``parts`` around those of :meth:`attend_whole`."""
+        """The outputs (B, Hq, Ts, D) of all queries: those of the ``parts`` before and after the whole sequences'."""
         before = sum(1 for piece in self.parts if piece.start > 0)
         return torch.cat([*parts[:before], whole, *parts[before:]], dim=2)
 
@@ -93,11 +93,11 @@ class OneShare:
         return bare_keys(self.key, self.value, self.rule.compressor)
 
     def _place(self, piece: Piece) -> int:
-        """Where the piece starts among the queries; its keys stand behind those of the halo."""
+        """The index of the piece's first query. Keys have the halo before them."""
         return self.plan.shares.boundaries[piece.sequence] + piece.start - self.plan.shares.cuts[self.share]
 
     def _raw(self, piece: Piece, start: int) -> slice:
-        """Its raw pairs from a position of its sequence on."""
+        """The piece's raw pairs, from a position in its sequence on."""
         halo = self.key.shape[2] - self.query.shape[2]
         zero = halo + self._place(piece) - piece.start
         return slice(zero + start, zero + piece.stop)
@@ -107,7 +107,7 @@ class OneShare:
         return self.query[:, :, place : place + piece.stop - piece.start]
 
     def _compact(self, piece: Piece) -> Pair:
-        """Its sinks, if it has some, and what the partitions become that it compresses."""
+        """The piece's sinks, if it has some, and the partitions that it compresses."""
         sink = self.rule.sink_size if piece.start == 0 and piece.partitions else 0
         sinks = self._raw(piece, 0).start if sink else 0
         rows = slice(sinks, sinks + sink)
@@ -121,7 +121,7 @@ class OneShare:
         return joined(head, kept)
 
     def _windows(self, piece: Piece) -> Tensor | None:
-        """The last queries (B, H, G, count, w, D) of each reference, all of which are in the piece."""
+        """The last queries (B, H, G, P, w, D) of each partition's reference; references lie in the piece."""
         if not self.rule.compressor.window:
             return None
         queries = self._queries(piece)[:, :, window_start(piece.first + 1, self.rule) - piece.start :]

@@ -1,4 +1,4 @@
-"""What the ranks of a shared row exchange under a rule, and who compresses what: integers only.
+"""What the ranks that share a row exchange under a rule, and which rank compresses which partition: integers only.
 
 Symbols: N ranks, S sink_size, L lag_size, K top_k, P(t) partitions compressed when the token at t attends.
 """
@@ -20,12 +20,13 @@ class Piece(NamedTuple):
     """The part of a sequence that lies in one share.
 
     Attributes:
-        sequence: its number in the row.
-        start: position in the sequence of the part's first token; ``stop`` is that behind its last one.
-        raw_from: position of the first raw token that it needs, at most ``start``.
-        first: the first partition whose reference ends in the part: its holder compresses it.
-        compresses: how many it compresses in all.
-        partitions: that the sequence has compressed by its end.
+        sequence: number of the sequence in the row.
+        start: position in the sequence of the part's first token.
+        stop: position in the sequence after the part's last token.
+        raw_from: position of the first raw token that the part's queries see; at most ``start``.
+        first: the first partition whose reference ends in the part. The rank that holds the part compresses it.
+        compresses: number of partitions that this rank compresses, from ``first`` on.
+        partitions: number of partitions that are compressed at the end of the sequence.
     """
 
     sequence: int
@@ -38,7 +39,7 @@ class Piece(NamedTuple):
 
 
 class Move(NamedTuple):
-    """The tokens [start, stop) of the row, which one rank sends to another for the halo of a share."""
+    """Tokens [start, stop) of the row that one rank sends to another one for the halo of a share."""
 
     sender: int
     receiver: int
@@ -48,19 +49,19 @@ class Move(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many these are."""
+        """The number of tokens."""
         return self.stop - self.start
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """What one rank sends and receives for halos, in the order in which it does.
+    """What one rank sends and receives for halos, in the order of the messages.
 
     Attributes:
-        sent: which of its own tokens.
-        outgoing: how many to each rank.
-        incoming: how many from each rank.
-        halos: for each of its shares where, in what comes, the parts of the halo are, from its first token on.
+        sent: slices of the rank's own tokens.
+        outgoing: number of tokens sent to each rank.
+        incoming: number of tokens received from each rank.
+        halos: for each of the rank's two shares, the slices of the received tokens that form its halo, in order.
     """
 
     sent: list[slice]
@@ -71,11 +72,11 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Gather:
-    """The compact rows of all ranks, padded to equally many: of each rank those of its first share, then the others.
+    """How the compact rows of all ranks are gathered: from each rank those of its front share, then of its back share.
 
     Attributes:
-        rows: that each rank gives, padding included; 0 where there is nothing to gather.
-        parts: for each sequence that lies in several shares, the rows [start, stop) of all that are gathered.
+        rows: number of rows that each rank gives, with padding; 0 if there is nothing to gather.
+        parts: for each sequence that lies in several shares, the ranges [start, stop) of its rows in the gathered rows.
     """
 
     rows: int
@@ -83,29 +84,29 @@ class Gather:
 
     @property
     def order(self) -> list[tuple[int, int]]:
-        """All parts, one sequence after the other."""
+        """All ranges, one sequence after the other."""
         return list(itertools.chain.from_iterable(self.parts.values()))
 
     @functools.cached_property
     def spans(self) -> dict[int, tuple[int, int]]:
-        """Where the rows of each sequence are in that order."""
+        """The range of each sequence's rows after they are put in that order."""
         sizes = [sum(stop - start for start, stop in parts) for parts in self.parts.values()]
         return dict(zip(self.parts, itertools.pairwise([0, *itertools.accumulate(sizes)]), strict=True))
 
 
 class Plan:
-    """What a rule makes of the shares of a row.
+    """Everything that the ranks exchange for a row under a rule.
 
     Args:
-        shares: of the row.
-        rule: decides the halos and who compresses what; its compressor does not matter.
+        shares: the shares of the row.
+        rule: the rule. Its compressor does not matter.
 
     Attributes:
-        pieces: of each share.
-        halos: of each share the tokens [start, stop) of the row that its holder needs from before it.
-        moves: who sends what for them, in the order in which each rank sends and receives.
-        moves_any: whether any rank needs what another one holds, so that all must call each other.
-        gather: of the compact rows.
+        pieces: the pieces of each share.
+        halos: for each share, the tokens [start, stop) before it that its rank needs.
+        moves: the messages for the halos, in the order in which ranks send and receive them.
+        moves_any: whether any rank needs tokens of another one. Then all ranks take part in the exchange.
+        gather: how the compact rows are gathered.
     """
 
     def __init__(self, shares: Shares, rule: Rule) -> None:
@@ -121,29 +122,29 @@ class Plan:
         self.gather = self._gather()
 
     def contributed(self, piece: Piece) -> int:
-        """The compact rows that the holder of a piece makes: of sinks, and of the partitions that it compresses."""
+        """The number of compact rows made from a piece: its sinks, and K for each partition that it compresses."""
         sinks = self.rule.sink_size if piece.start == 0 and piece.partitions else 0
         return sinks + piece.compresses * self.rule.top_k
 
     def needed(self, piece: Piece) -> int:
-        """The compact rows that the queries of a piece see, from the sequence's start on."""
+        """The number of compact rows of its sequence that the queries of a piece see."""
         return compact_size(compressed_at(piece.stop - 1, self.rule), self.rule)
 
     def is_whole(self, piece: Piece) -> bool:
-        """Whether all of its sequence is in the piece."""
+        """Whether the piece is a whole sequence."""
         boundaries = self.shares.boundaries
         return piece.stop - piece.start == boundaries[piece.sequence + 1] - boundaries[piece.sequence]
 
     def received(self, rank: int) -> tuple[int, int]:
-        """The pairs of a key-value head that others send to a rank: of halos, and compact ones with their padding.
+        """The key-value pairs of one head that a rank receives from others: raw ones for halos, and compact ones.
 
-        The backward pass sends a gradient back for each.
+        Compact pairs include padding. The backward pass returns a gradient for each pair.
         """
         halos = sum(move.size for move in self.moves if move.receiver == rank != move.sender)
         return halos, (self.shares.ranks - 1) * self.gather.rows
 
     def _pieces(self, start: int, stop: int, totals: list[int]) -> list[Piece]:
-        """Those of the tokens [start, stop) of the row."""
+        """The pieces of the tokens [start, stop) of the row."""
         found = []
         for sequence in self.shares.sequences(start, stop):
             first, end = self.shares.boundaries[sequence : sequence + 2]
@@ -152,7 +153,7 @@ class Plan:
         return found
 
     def _piece(self, sequence: int, start: int, stop: int, partitions: int) -> Piece:
-        """The partition p is compressed where its reference ends: at S + (p + 2) L."""
+        """Partition p is compressed in the piece where its reference ends, at S + (p + 2) L."""
         sink, lag = self.rule.sink_size, self.rule.lag_size
         first = min(max((start - sink) // lag - 1, 0), partitions)
         end = min(max((stop - sink) // lag - 1, first), partitions)
@@ -191,17 +192,17 @@ class Plan:
 
 @functools.lru_cache(maxsize=256)
 def plan_of(shares: Shares, numbers: tuple[int, int, int, int]) -> Plan:
-    """The plan of a rule of these numbers: S, L, K, C."""
+    """The plan of a rule with S, L, K and C."""
     return Plan(shares, Rule(*numbers))
 
 
 @functools.lru_cache(maxsize=256)
 def exchange_of(plan: Plan, rank: int) -> Exchange:
-    """The part of a rank in the moves of a plan."""
+    """What a rank sends and receives under a plan."""
     cuts, before = plan.shares.cuts, 0
     own, came = plan.shares.of_rank(rank), [move for move in plan.moves if move.receiver == rank]
     sent = [move for move in plan.moves if move.sender == rank]
-    # Where a token of its second share stands among its own.
+    # The place of a token among the rank's own tokens, minus its place in the row, in the second share.
     second = cuts[own[0] + 1] - cuts[own[0]] - cuts[own[1]]
     offsets = [second if move.start >= cuts[own[1]] else -cuts[own[0]] for move in sent]
     outgoing, incoming = ([0] * plan.shares.ranks for _ in range(2))

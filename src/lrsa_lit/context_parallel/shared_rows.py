@@ -1,8 +1,8 @@
-"""Attention over rows that several ranks share, each a part of the tokens.
+"""Attention over rows that several ranks share: each rank holds a part of the tokens.
 
-Each rank compresses the partitions whose references end in its shares, all gather the compact pairs, and what a query
-sees raw is in its share or in the halo before it. So a rank moves K / L of what ring attention moves, and the halos.
-A dense layer is one whose halo is the whole past.
+Each rank compresses the partitions whose references end in its shares. All ranks gather the compact pairs. The raw
+pairs that a query sees are in its share or in the halo before it. So a rank receives K / L of what it would receive in
+ring attention, and the halos. The halo of a dense layer is the whole past.
 
 Dimensions: B batch, H key-value heads, Hq query heads, Tr tokens that a rank holds, D head_dim, L lag_size, K top_k.
 """
@@ -25,15 +25,15 @@ from lrsa_lit.ops.sparse_attention import HeadRules, Impl, Rule, through_channel
 from lrsa_lit.ops.sparse_attention.rule import KEEP_ALL
 
 _GATHERS = 4
-"""Of a layer: nothing hides the first one, and each costs launches of its own."""
+"""Gathers of a layer, at most. Nothing runs during the first one, and each needs further kernel launches."""
 
 
 @dataclass(frozen=True)
 class SharedRows:
-    """Rows of which each rank of a group holds two shares, and the attention over them.
+    """Rows of which each rank of a group holds two shares, and the attention over these rows.
 
     Args:
-        shares: of each row; there are several only where none has more than one sequence.
+        shares: the shares of a row. If there are several rows, they all have one sequence and the same length.
         group: the ranks.
     """
 
@@ -41,24 +41,24 @@ class SharedRows:
     group: distributed.ProcessGroup
 
     def own(self, rows: Tensor) -> Tensor:
-        """What this rank holds of something with a column for each token, (B, T) -> (B, Tr)."""
+        """This rank's columns of a tensor with a column for each token: (B, T, …) -> (B, Tr, …)."""
         return torch.cat([rows[:, start:stop] for start, stop in self.shares.spans(self.group.rank())], dim=1)
 
     def positions(self, device: torch.device) -> Tensor:
-        """(1, Tr) the position of each token that this rank holds, in its sequence."""
+        """The position in its sequence of each token that this rank holds: (1, Tr)."""
         found = torch.from_numpy(self.shares.positions(self.group.rank()))[None]
         # From pageable memory a copy may wait for the device.
         return (found.pin_memory() if device.type == "cuda" else found).to(device, non_blocking=True)
 
     def held(self, places: Numbers) -> tuple[Flags, Numbers]:
-        """Of places in the rows, which this rank holds and where; as :meth:`Shares.held` has it."""
+        """:meth:`Shares.held` for this rank."""
         return self.shares.held(places, self.group.rank())
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, rule: Rule | HeadRules | None, *, scale: float,
         impl: Impl = "auto"
     ) -> Tensor:  # fmt: skip
-        """What ``sparse_attention`` of the whole rows gives at this rank's tokens; all ranks call it.
+        """The output of ``sparse_attention`` over the whole rows, at this rank's tokens. All ranks must call it.
 
         Args:
             query: (B, Hq, Tr, D), of the tokens of this rank's two shares.
@@ -85,7 +85,7 @@ class SharedRows:
 
 
 def needs_all_keys(system: object) -> UserError:
-    """The complaint of what chooses from more than a partition and its reference."""
+    """The error for a system that selects from more than a partition and its reference."""
     reason = f"{type(system).__name__} chooses from the keys of all devices"
     return UserError("context", reason=f"{reason}; with shared rows each partition must be judged by one device")
 
@@ -101,7 +101,7 @@ def _attend(
         for share, queries, rows in zip(shared.shares.of_rank(rank), query.split(sizes, dim=2), halos, strict=True)
     ]
     compressed = torch.cat([part.compressed() for part in parts], dim=2)
-    # Some heads attend while what others need is still on its way.
+    # Some heads attend while the compact pairs of others are still being gathered.
     heads = _in_groups(key.shape[1]) if plan.gather.rows else []
     transfers = [Transfer(plan.gather, shared.group) for _ in heads]
     under_way = [transfer.begin(compressed[:, group]) for transfer, group in zip(transfers, heads, strict=True)]
@@ -120,5 +120,5 @@ def _attend(
 
 
 def _in_groups(heads: int) -> list[slice]:
-    """Neighbouring heads, in at most ``_GATHERS`` groups."""
+    """Groups of adjacent heads, at most ``_GATHERS``."""
     return [slice(group[0], group[-1] + 1) for group in np.array_split(range(heads), min(heads, _GATHERS))]
