@@ -92,7 +92,22 @@ def test_chat_template_and_generation(capfd):
     assert 0 < len(line["resps"][0][0]) <= 3
 
 
+def test_a_group_and_a_store_that_does_not_answer(capfd):
+    main(["eval", "tiny", "--tasks", "local_group", *EVAL[4:], "--no-mlflow"])
+    out = capfd.readouterr().out
+    assert "local_choice" in out
+    assert "local_answer" in out
+    options = ["--out", "out", "--store", "http://127.0.0.1:9/"]
+    assert "--store: http://127.0.0.1:9/ does not answer" in refusal(capfd, *EVAL, *options)
+    assert not Path("out").exists()
+
+
 MISTAKES = {
+    "a task twice": (["--tasks", "local_group,local_choice"], "cannot be evaluated together"),
+    "generation behind a prompt that is read twice": (
+        ["--tasks", "local_answer", "--rule", "{system: {class_path: KVzip, init_args: {question: true}}}"],
+        "KVzip reads prompts twice",
+    ),
     "no task": (["--tasks", ","], "--tasks"),
     "unknown task": (["--tasks", "local_choise"], "local_choise"),
     "missing file": (["--tasks", "tasks/none.yaml"], "none.yaml"),

@@ -30,7 +30,7 @@ from lrsa_lit.errors import UserError
 from lrsa_lit.models.checkpoint_file import SUFFIX
 from lrsa_lit.paths import check_path, check_writable, expanded
 from lrsa_lit.terminal import PlainConsole, log_to
-from lrsa_lit.tracking.store import checked_uri, default_uri
+from lrsa_lit.tracking.store import checked_uri, connect, default_uri
 
 if TYPE_CHECKING:
     from lrsa_lit.attention import LRSAConfig
@@ -79,13 +79,19 @@ def run(arguments: Sequence[str]) -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
     from lm_eval import simple_evaluate
 
-    from lrsa_lit.harness.language_model import RuledLM, check_system
-    from lrsa_lit.harness.run import load_tasks, metrics_of, quiet, table_of, write
+    from lrsa_lit.harness.language_model import RuledLM, check_output_type, check_system
+    from lrsa_lit.harness.run import load_tasks, metrics_of, output_types, quiet, table_of, write
 
     quiet()
-    check_system(None if rule is None else rule.system, options.batch_size)
+    system = None if rule is None else rule.system
+    check_system(system, options.batch_size)
     metadata = {"pretrained": str(options.model), "tokenizer": str(trained.backbone.location)}
     tasks, manager = load_tasks(options.tasks, options.include_path, metadata)
+    for kind in output_types(tasks):
+        check_output_type(system, kind)
+    if not options.no_mlflow:
+        # A store that does not answer is found before hours of evaluation.
+        connect(options.store, "--store")
     model = loaded(trained, rule, device)
     language_model = RuledLM(model, trained.tokenizer, batch_size=options.batch_size, max_length=options.max_length)
     results: Any = simple_evaluate(
@@ -110,13 +116,12 @@ def run(arguments: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) if options.out is None else options.out
         write(results, folder)
+        print(table_of(results), end="", flush=True)
+        if options.out is not None:
+            print(f"Results: {options.out}", flush=True)
         if not options.no_mlflow:
             run_id = _record(options, trained, rule, metrics_of(results), folder)
-    print(table_of(results), end="")
-    for line in [] if options.out is None else [f"Results: {options.out}"]:
-        print(line)
-    if not options.no_mlflow:
-        print(f"Recorded as the run {run_id}; lrsa ui shows it")
+            print(f"Recorded as the run {run_id}; lrsa ui shows it")
 
 
 def _record(

@@ -86,9 +86,7 @@ class RuledLM(HFLM):
         """Prompts (B, T), padded on the left, with what follows them."""
         if not self._ruled:
             return self._generated(context, max_length, stop, **generation_kwargs)
-        if self.system is not None and self.system.repeats_prompt:
-            reason = f"{_name(self.system)} reads prompts twice, which no generation of the harness does"
-            raise UserError("system", reason=reason, hint="evaluate it on multiple choice, or with lrsa compare")
+        check_output_type(self.system, "generate_until")
         cache = LRSACache.of(self.model)
         with graphed_decoding(self.model, cache, room=max(max_length - context.shape[1], 1)):
             generation_kwargs |= cache_argument(self.model, cache)
@@ -101,9 +99,7 @@ class RuledLM(HFLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """The harness's; refused where a system needs a prompt."""
-        if _cuts(self.system):
-            reason = f"{_name(self.system)} answers behind a prompt, and the texts of perplexity have none"
-            raise UserError("system", reason=reason, hint="leave tasks of loglikelihood_rolling out")
+        check_output_type(self.system, "loglikelihood_rolling")
         sums: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
         return sums
 
@@ -179,6 +175,16 @@ def check_system(system: System | None, batch_size: int | str) -> None:
         raise UserError("system", reason=reason, hint=hint)
     if not isinstance(batch_size, int):
         raise UserError("batch_size", batch_size, "an integer for a system that cuts behind prompts")
+
+
+def check_output_type(system: System | None, output_type: str) -> None:
+    """Raise a UserError if requests of a kind, as tasks call it, cannot be answered under a system."""
+    if output_type == "loglikelihood_rolling" and _cuts(system):
+        reason = f"{_name(system)} answers behind a prompt, and the texts of perplexity have none"
+        raise UserError("system", reason=reason, hint="leave tasks of loglikelihood_rolling out")
+    if output_type == "generate_until" and system is not None and system.repeats_prompt:
+        reason = f"{_name(system)} reads prompts twice, which no generation of the harness does"
+        raise UserError("system", reason=reason, hint="evaluate it on multiple choice, or with lrsa compare")
 
 
 def _cuts(system: System | None) -> bool:

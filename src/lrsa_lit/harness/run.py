@@ -52,7 +52,18 @@ def load_tasks(
             inner = {child for children in loaded["group_map"].values() for child in children}
             groups = [group for title, group in loaded["groups"].items() if title not in inner]
             found += groups or list(loaded["tasks"].values())
+    try:
+        manager.load(found)
+    except Exception as error:
+        reason = f"cannot be evaluated together: {message_of(error)[:300]}"
+        raise UserError("--tasks", ",".join(names), reason=reason) from error
     return found, manager
+
+
+def output_types(tasks: Sequence[Any]) -> set[str]:
+    """The kinds of requests of tasks and groups, as the harness calls them."""
+    each = (task.get_all_tasks() if hasattr(task, "get_all_tasks") else [task] for task in tasks)
+    return {str(task.OUTPUT_TYPE) for some in each for task in some}
 
 
 def _folder(path: Path | None) -> str | None:
