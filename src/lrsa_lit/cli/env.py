@@ -29,6 +29,8 @@ _VARIABLES = (
     "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TORCHDYNAMO_DISABLE", "TRITON_CACHE_DIR", "TRITON_INTERPRET",
 )  # fmt: skip
 """Variables of the environment that change what a run does."""
+_FOR_DEVELOPERS = {"dev", "docs", "test"}
+"""Extras that nobody needs to use the project."""
 _DTYPES = ("bfloat16", "float16", "float32")
 _DIMS = (64, 128)
 """The usual head sizes."""
@@ -101,6 +103,8 @@ def _requirements(extra: str = "") -> dict[str, tuple[str, bool]]:
 def _extras() -> Iterator[tuple[str, str]]:
     with contextlib.suppress(metadata.PackageNotFoundError):
         for extra in metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or []:
+            if extra in _FOR_DEVELOPERS:
+                continue
             lacking = [f"{name} ({version})" for name, (version, fits) in _requirements(extra).items() if not fits]
             mend = f"; pip install '{DISTRIBUTION}[{extra}]'"
             yield extra, f"lacks {', '.join(lacking)}{mend}" if lacking else "installed"

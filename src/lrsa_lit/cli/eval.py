@@ -77,10 +77,8 @@ def run(arguments: Sequence[str]) -> None:
     if not sys.stderr.isatty():
         # Its progress bars would fill a log.
         os.environ.setdefault("TQDM_DISABLE", "1")
-    from lm_eval import simple_evaluate
-
     from lrsa_lit.harness.language_model import RuledLM, check_output_type, check_system
-    from lrsa_lit.harness.run import load_tasks, metrics_of, output_types, quiet, table_of, write
+    from lrsa_lit.harness.run import load_tasks, output_types, quiet
 
     quiet()
     system = None if rule is None else rule.system
@@ -94,25 +92,35 @@ def run(arguments: Sequence[str]) -> None:
         connect(options.store, "--store")
     model = loaded(trained, rule, device)
     language_model = RuledLM(model, trained.tokenizer, batch_size=options.batch_size, max_length=options.max_length)
-    results: Any = simple_evaluate(
+    results = _evaluate(language_model, options, tasks=tasks, task_manager=manager, device=str(device))
+    results["config"]["lrsa"] = {"source": options.model, "rule": None if rule is None else rule.to_dict()}
+    _report(results, options, trained, rule)
+
+
+def _evaluate(language_model: Any, options: argparse.Namespace, **given: Any) -> Any:
+    """What the harness finds, with the options that are its own."""
+    from lm_eval import simple_evaluate
+
+    seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+    return simple_evaluate(
         language_model,
-        tasks=tasks,
-        task_manager=manager,
+        **given,
+        **dict.fromkeys(seeds, options.seed),
         num_fewshot=options.num_fewshot,
         batch_size=options.batch_size,
-        device=str(device),
         limit=options.limit,
         system_instruction=options.system_instruction,
         apply_chat_template=options.apply_chat_template,
         fewshot_as_multiturn=options.fewshot_as_multiturn,
         gen_kwargs=options.gen_kwargs,
-        random_seed=options.seed,
-        numpy_random_seed=options.seed,
-        torch_random_seed=options.seed,
-        fewshot_random_seed=options.seed,
         confirm_run_unsafe_code=options.run_unsafe_code,
     )
-    results["config"]["lrsa"] = {"source": options.model, "rule": None if rule is None else rule.to_dict()}
+
+
+def _report(results: Any, options: argparse.Namespace, trained: Trained, rule: LRSAConfig | None) -> None:
+    """Print the table, and write and record what is to be."""
+    from lrsa_lit.harness.run import metrics_of, table_of, write
+
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) if options.out is None else options.out
         write(results, folder)

@@ -147,7 +147,8 @@ def _card(trained: Trained, options: argparse.Namespace) -> Card:
         PlainConsole(stderr=True).say(f"{options.checkpoint} {what}: the card has no scores and no data.")
     return Card(
         trained,
-        options.push or str(options.out),
+        # Not the path: a card is for others.
+        options.push or options.out.absolute().name,
         facts,
         options.license or license_of(trained.backbone.source),
         adapters=options.adapters,
