@@ -92,7 +92,7 @@ def test_a_card_without_a_run_says_so(run, checkpoint, capfd):
     assert "the card has no scores" in capfd.readouterr().err
     _, body = card_of()
     assert "None are recorded." in body
-    assert "this card does not know them" in body
+    assert "This card does not know them" in body
 
 
 def test_each_code_block_of_a_card_runs(checkpoint, capfd):

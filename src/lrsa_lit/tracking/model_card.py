@@ -161,7 +161,7 @@ class Card:
 
     def _license(self) -> str:
         if self.license is None:
-            return f"## Licence\n\nThat of `{self._base}` and of the data holds; this card does not know them.\n"
+            return f"## Licence\n\nThe licences of `{self._base}` and of the training data apply. This card does not know them.\n"
         return f"## Licence\n\n{self.license}\n"
 
 
