@@ -161,7 +161,8 @@ class Card:
 
     def _license(self) -> str:
         if self.license is None:
-            return f"## Licence\n\nThe licences of `{self._base}` and of the training data apply. This card does not know them.\n"
+            unknown = "This card does not know them."
+            return f"## Licence\n\nThe licences of `{self._base}` and of the training data apply. {unknown}\n"
         return f"## Licence\n\n{self.license}\n"
 
 
