@@ -12,7 +12,6 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -34,31 +33,12 @@ DOCUMENTS = {
     "src/lrsa_lit/ops/sparse_attention/README.md": "concepts/operator.md",
 }
 """Pages of the site that are kept elsewhere in the repository."""
-PENDING = {"context-parallelism.md"}
-"""Pages that have a place in the navigation before they are written."""
 _ORIGINS = {page: document for document, page in DOCUMENTS.items()}
 _LINK = re.compile(r"\]\((?!\w+:|#|/)([^)\s#]+)(#[^)\s]+)?")
 _FENCE = re.compile(r"(^ *```.*?^ *```$)", re.MULTILINE | re.DOTALL)
 # Files would bury what pages say.
 _UNSEARCHED = "---\nsearch:\n  exclude: true\n---\n"
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".jsonl": "json", ".json": "json", ".toml": "toml", ".txt": "text"}
-
-
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Leave out of the navigation what is still to be written."""
-    config.nav = _present(config.nav or [])
-    return config
-
-
-def _present(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    kept = []
-    for entry in entries:
-        for title, target in entry.items():
-            if isinstance(target, list):
-                kept.append({title: _present(target)})
-            elif target not in PENDING or (ROOT / "docs" / target).is_file():
-                kept.append({title: target})
-    return kept
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -2,7 +2,7 @@
 
 A test runs each block, with a tiny model in place of the page's. ``<!-- check: parse -->``, which readers do not see,
 comes before a block that needs a GPU, hours, or a model from elsewhere. A test parses its commands and checks their
-settings. All blocks of some pages are such.
+settings.
 """
 
 import re
@@ -20,8 +20,6 @@ PAGES = [
     ROOT / "data" / "README.md",
     *(path for path in sorted((ROOT / "docs").rglob("*.md")) if path.parent.name != "study"),
 ]
-ONLY_PARSED = {ROOT / "docs" / name for name in ("context-parallelism.md", "serving.md")}
-"""Pages about several GPUs and servers: no block of them runs within a test."""
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^ *```$", re.MULTILINE | re.DOTALL)
 _MARK = re.compile(r"<!-- check: (\w+) -->\n *\Z")
 _HEREDOC = re.compile(r"^cat > (\S+) <<'(\w+)'\n(.*?)^\2$\n?", re.MULTILINE | re.DOTALL)
@@ -51,8 +49,7 @@ def blocks_of(page: Path) -> list[Block]:
         mark = _MARK.search(whole[: match.start()])
         assert mark is None or mark[1] == "parse", f"{page}: no such check: {mark[1]}"
         line = whole.count("\n", 0, match.start()) + 1
-        parsed = mark is not None or page in ONLY_PARSED
-        found.append(Block(page, line, match["language"], textwrap.dedent(match["text"]), parsed))
+        found.append(Block(page, line, match["language"], textwrap.dedent(match["text"]), mark is not None))
     return found
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from code_blocks import ONLY_PARSED, PAGES, blocks_of, commands_of, files_of
+from code_blocks import PAGES, blocks_of, commands_of, files_of
 from plugin_helpers import write_examples
 
 from lrsa_lit.cli import catalogue, fit_tool, sweep
@@ -181,7 +181,7 @@ def test_settings_and_data_are_read(block):
         assert [json.loads(line) for line in block.text.splitlines()]
     else:
         assert yaml.safe_load(block.text)
-        if block.page in ONLY_PARSED:
+        if block.parsed:
             return
         Path("page.yaml").write_text(block.text)
         understand("fit", "--config", "configs/debug/tiny.yaml", "--config", "page.yaml")
