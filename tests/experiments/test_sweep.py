@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 from multiprocessing.connection import Client, Listener
@@ -14,6 +15,7 @@ from cli_helpers import DEBUG, before_step, ctrl_c, elsewhere, interruptible, re
 from helpers import refused
 from mlflow.tracking import MlflowClient
 
+import lrsa_lit
 from lrsa_lit.cli.fit_settings import FitSettings
 from lrsa_lit.cli.main import main
 from lrsa_lit.experiments import jobs, sweep
@@ -119,6 +121,11 @@ def runs(elsewhere):
 
 def rows(shown):
     return [[cell.strip() for cell in line.strip("│").split("│")] for line in shown.splitlines() if line[:1] == "│"]
+
+
+def test_the_command_line_of_a_fit_is_that_of_this_installation():
+    said = subprocess.run(jobs.command_line(["--version"]), capture_output=True, text=True, check=True).stdout
+    assert said == f"lrsa-lit {lrsa_lit.__version__}\n"
 
 
 @pytest.mark.slow
