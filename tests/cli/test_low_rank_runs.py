@@ -100,9 +100,10 @@ def test_mistakes_of_the_measurement_are_one_line(options, said, capfd):
 
 
 def test_an_estimate_counts_the_factors(capfd):
-    main([*FIT, "--estimate", "--model.backbone.low_rank.ratio", "0.25"])
+    estimate = [*FIT, "--estimate", "--data.init_args.max_tokens", "400"]
+    main([*estimate, "--model.backbone.low_rank.ratio", "0.25"])
     narrow = capfd.readouterr().out
-    main([*FIT, "--estimate"])
+    main(estimate)
     assert narrow != capfd.readouterr().out
 
 

@@ -76,7 +76,7 @@ def test_weights_are_those_that_were_trained(capsys):
         main(["test", *SHIPPED, *NO_LOGGER, "--model.budgets", "[0.3]", "--trainer.callbacks", "[]", *options])
         return capsys.readouterr().out
 
-    fit("runs", *NO_LOGGER, "--trainer.max_steps", "30", "--trainer.val_check_interval", "30")
+    fit("runs", *NO_LOGGER, "--trainer.max_steps", "12", "--trainer.val_check_interval", "12")
     saved = torch.load(last("runs"), weights_only=True)
     assert saved["lrsa_lit"]["encoder"] == {"max_tokens": 400}
     assert recall("--ckpt_path", str(last("runs"))) != recall()
