@@ -101,6 +101,10 @@ def _hastened_interpreter():
         hasten()
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """The slow ones first, so that no worker is left alone with one in the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    if config.getoption("low_rank"):
+        for item in items:
+            if item.get_closest_marker("whole"):
+                item.add_marker(pytest.mark.skip(reason="needs whole projections"))

@@ -109,7 +109,7 @@ def test_an_observer_sees_the_rules_of_heads(tiny, tokens, ragged):
     with observing(model, lambda attached, *_: seen.append(attached.rule.top_k)), torch.no_grad():
         model(tokens(1, 40), use_cache=False)
     assert seen == [(0, 8), (3, 5), (8, 3)]
-    with refused("head_top_k", reason="one K"), capture(model):
+    with refused("head_top_k", reason="a single K"), capture(model):
         pass
 
 

@@ -213,6 +213,7 @@ def test_a_system_without_a_size_is_refused(monkeypatch):
         at_budget(LRSAConfig(system=KeyNorm()), 0.5, 100, LAYERS, Head(2, 16, 2))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("dense", "whole"), [((), (2,)), ((1,), ())])
 def test_a_cache_of_latents_holds_what_its_budget_says(dense, whole):
     low_rank = LowRank(ratio=0.5, grouping="head", dense_layers=whole)

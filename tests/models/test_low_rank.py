@@ -21,6 +21,8 @@ from lrsa_lit.models.folder import difference, save_folder
 from lrsa_lit.models.tiny import tiny_config, tiny_model, tiny_tokenizer
 from lrsa_lit.models.truncation import factors_of, log_condition, progressive, progressive_ranks, rounded
 
+pytestmark = pytest.mark.whole
+
 IDS = torch.randint(3, 259, (2, 50), generator=torch.Generator().manual_seed(0))
 WIDTH = 32
 

@@ -29,6 +29,8 @@ from lrsa_lit.models.tiny import tiny_config, tiny_model
 from lrsa_lit.objectives.distillation import divergence
 from lrsa_lit.objectives.distribution import Distribution
 
+pytestmark = pytest.mark.whole
+
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors/systems/soco.json").read_text(encoding="utf-8"))
 IDS = torch.arange(1, 46)[None] * 7 % 259
 

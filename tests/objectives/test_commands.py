@@ -56,7 +56,7 @@ def test_help_lists_objectives_and_the_settings_of_each(capfd):
         assert f" {name} " in listed
     said = shown(f"--model.objective.help={KL}")
     assert "--model.objective.direction {forward,reverse}" in said
-    assert "--model.objective.weight WEIGHT what the mean is multiplied with. (type: float, default: 1.0)" in said
+    assert "--model.objective.weight WEIGHT factor of the mean. (type: float, default: 1.0)" in said
 
 
 def test_a_dense_fit_teaches(tmp_path, caplog):

@@ -89,7 +89,7 @@ def plain_losses(made, model, stage, start=0):
 
 @pytest.fixture
 def exact():
-    return tiny_model().double().requires_grad_(False)
+    return Backbone("tiny").build().double().requires_grad_(False)
 
 
 @pytest.mark.parametrize("stage", ["repeat", "answer"])

@@ -14,7 +14,6 @@ from lrsa_lit.attention import LRSAConfig, enable
 from lrsa_lit.data.collate import collate, collate_packed
 from lrsa_lit.models import Backbone, LoRA
 from lrsa_lit.models.checkpoint import load_trained
-from lrsa_lit.models.tiny import tiny_model
 from lrsa_lit.objectives import AnswerLoss
 from lrsa_lit.systems import DuoAttention, Place
 from lrsa_lit.tasks import HeadGates, LongContextQA, SampledTopK
@@ -93,7 +92,7 @@ def plain_loss(model, of_heads):
 @pytest.fixture(scope="module")
 def exact():
     """The float64 loss at the first gates, and its gradient."""
-    model = tiny_model().double().requires_grad_(False)
+    model = Backbone("tiny").build().double().requires_grad_(False)
     AttentionInterface.register("plain", plain_attention)
     model.set_attn_implementation("plain")
     for module in model.modules():

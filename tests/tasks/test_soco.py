@@ -15,7 +15,6 @@ from lrsa_lit.data.collate import collate, collate_packed
 from lrsa_lit.models import Backbone, LoRA, LowRank
 from lrsa_lit.models.checkpoint import load_trained, spectra_in
 from lrsa_lit.models.spectrum import spectra_of
-from lrsa_lit.models.tiny import tiny_model
 from lrsa_lit.objectives import Distillation
 from lrsa_lit.tasks import HeadGates, LongContextQA, SoCo
 
@@ -104,7 +103,7 @@ def test_phases_are_shares_of_the_steps():
 
 def plain_model():
     """Of transformers alone, in float64; the model's own norms compute in float32."""
-    model = tiny_model().double().requires_grad_(False)
+    model = Backbone("tiny").build().double().requires_grad_(False)
     for module in model.modules():
         if isinstance(module, LlamaRMSNorm):
             module.forward = functools.partial(exact_norm, module)
