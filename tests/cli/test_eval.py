@@ -118,6 +118,8 @@ MISTAKES = {
     "unknown setting": (["--rule", "{topk: 3}"], "--rule: topk"),
     "unknown system": (["--rule", "{system: None}"], "--rule: system"),
     "K beyond L": (["--top-k", "17", "--lag-size", "16"], "--top-k"),
+    "arguments of generation": (["--gen-kwargs", "temperatur=1"], "the nearest are temperature"),
+    "an argument without a value": (["--gen-kwargs", "top_p"], "NAME=VALUE"),
     "batch size": (["--batch-size", "0"], "--batch-size"),
     "limit": (["--limit", "1.5"], "--limit"),
     "store": (["--store", "ftp://x"], "--store"),

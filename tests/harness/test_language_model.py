@@ -180,6 +180,11 @@ def test_long_requests_lose_their_beginnings_as_in_the_harness():
         whole._fitting(context[:3], continuation * 5)
 
 
+def test_a_length_without_room_for_prompts_is_named():
+    with pytest.raises(UserError, match="max_length: 12 leaves no room"):
+        language_model(RULE, max_length=12).generate_until(asked((PAIRS[0][0], {"max_gen_toks": 12})))
+
+
 def test_systems_that_cannot_be_asked_so_are_named():
     unseen = LRSAConfig(system={"class_path": "SnapKV", "init_args": {"kept": 0.3}})
     with pytest.raises(UserError, match=r"SnapKV cuts behind the context.*question: true"):

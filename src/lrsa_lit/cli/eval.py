@@ -78,9 +78,10 @@ def run(arguments: Sequence[str]) -> None:
         # Its progress bars would fill a log.
         os.environ.setdefault("TQDM_DISABLE", "1")
     from lrsa_lit.harness.language_model import RuledLM, check_output_type, check_system
-    from lrsa_lit.harness.run import load_tasks, output_types, quiet
+    from lrsa_lit.harness.run import check_gen_kwargs, load_tasks, output_types, quiet
 
     quiet()
+    check_gen_kwargs(options.gen_kwargs)
     system = None if rule is None else rule.system
     check_system(system, options.batch_size)
     metadata = {"pretrained": str(options.model), "tokenizer": str(trained.backbone.location)}

@@ -97,6 +97,17 @@ class RuledLM(HFLM):
         tokens: Tensor = super()._model_generate(*given, **generation_kwargs)
         return tokens
 
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The harness's; a UserError where no room is left for prompts."""
+        try:
+            texts: list[str] = super().generate_until(requests, disable_tqdm)
+        except AssertionError as error:
+            if "max tokens to generate" not in str(error):
+                raise
+            reason = f"{self.max_length} leaves no room for prompts beside what a task generates"
+            raise UserError("max_length", reason=reason, hint="--gen-kwargs max_gen_toks=N lowers that") from error
+        return texts
+
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """The harness's; refused where a system needs a prompt."""
         check_output_type(self.system, "loglikelihood_rolling")

@@ -19,6 +19,8 @@ from lrsa_lit.errors import UserError, message_of
 Results = dict[str, Any]
 """What ``lm_eval.simple_evaluate`` returns."""
 
+_OWN_GEN_KWARGS = ("until", "max_gen_toks", "max_tokens", "max_completion_tokens")
+"""What the harness takes beside the arguments of transformers."""
 _NOT_IN_NAMES = re.compile(r"[^\w\-. /]")
 
 
@@ -72,6 +74,19 @@ def _folder(path: Path | None) -> str | None:
 
 def _is_file(name: str) -> bool:
     return name.endswith((".yaml", ".yml"))
+
+
+def check_gen_kwargs(text: str | None) -> None:
+    """Raise a UserError if arguments of generation are no NAME=VALUE, or ones that neither library knows."""
+    from transformers import GenerationConfig
+
+    known = {*GenerationConfig().to_dict(), *_OWN_GEN_KWARGS}
+    for part in (text or "").split(","):
+        name, assigned, _ = part.partition("=")
+        if part and (not assigned or name not in known):
+            nearest = difflib.get_close_matches(name, known, n=3)
+            hint = f"the nearest are {', '.join(nearest)}" if nearest else ""
+            raise UserError("--gen-kwargs", part, "arguments of generate as NAME=VALUE,…", hint=hint)
 
 
 def quiet() -> None:
