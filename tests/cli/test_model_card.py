@@ -158,6 +158,16 @@ def test_padded_prompts_generate_what_each_does_alone():
     assert torch.equal(together[1, 40:], generate_under_rule(model, short, **options)[0])
 
 
+def test_a_rule_of_latents_holds_keys_where_transformers_has_loaded_the_model(caplog):
+    model = tiny_model().eval()
+    model.config.lrsa = RULE.replace(latents=True).to_dict()
+    found = generate_under_rule(model, IDS, max_new_tokens=8, do_sample=False)
+    assert model.config.lrsa["latents"] is True
+    assert not [record for record in caplog.records if "trained with" in record.getMessage()]
+    ruled = enable(tiny_model().eval(), RULE)
+    assert torch.equal(found, generate_under_rule(ruled, IDS, max_new_tokens=8, do_sample=False))
+
+
 def test_a_model_without_a_rule_is_refused():
     with pytest.raises(UserError, match="holds no LRSA rule"):
         generate_under_rule(tiny_model().eval(), IDS)

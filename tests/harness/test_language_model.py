@@ -180,6 +180,22 @@ def test_long_requests_lose_their_beginnings_as_in_the_harness():
         whole._fitting(context[:3], continuation * 5)
 
 
+def test_the_harness_finds_the_batch_size():
+    asking, alone = language_model(RULE, batch_size="auto", max_length=160), language_model(RULE, max_length=160)
+    for ask, given in (
+        ("loglikelihood", PAIRS),
+        ("generate_until", [(text, {"max_gen_toks": 4}) for text, _ in PAIRS]),
+    ):
+        found, expected = (getattr(each, ask)(asked(*given), disable_tqdm=True) for each in (asking, alone))
+        if ask == "loglikelihood":
+            torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=1e-4, rtol=1e-5)
+        else:
+            assert found == expected
+    texts = [(text,) for text, _ in PAIRS]
+    sums = asking.loglikelihood_rolling(asked(*texts), disable_tqdm=True)
+    assert sums == pytest.approx(alone.loglikelihood_rolling(asked(*texts), disable_tqdm=True), abs=1e-3)
+
+
 def test_a_length_without_room_for_prompts_is_named():
     with pytest.raises(UserError, match="max_length: 12 leaves no room"):
         language_model(RULE, max_length=12).generate_until(asked((PAIRS[0][0], {"max_gen_toks": 12})))

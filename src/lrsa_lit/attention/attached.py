@@ -119,9 +119,15 @@ def warn_of_others(trained_with: dict[str, Any] | None, configs: Sequence[LRSACo
 
 
 def _read_of(rule: Any) -> Any:
-    """A rule's dict without what its system does not read; of a config.json, which may hold anything."""
-    named = isinstance(rule, dict) and isinstance(rule.get("system"), dict)
-    return {name: rule.get(name) for name in ("system", "dense_layers")} if named else rule
+    """A rule's dict without what attention does not depend on: what a system does not read, and what caches hold.
+
+    The dict comes from a ``config.json``, which may hold anything.
+    """
+    if not isinstance(rule, dict):
+        return rule
+    if isinstance(rule.get("system"), dict):
+        return {name: rule.get(name) for name in ("system", "dense_layers")}
+    return {name: value for name, value in rule.items() if name != "latents"}
 
 
 def _described(rule: Any) -> str:
