@@ -15,35 +15,29 @@ Each row runs in processes of its own through the same Trainer, strategy and tas
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import functools
 import json
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
 import transformers
-from lightning.pytorch import Callback
+from device_runs import Clock, OnDevice, batches
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.context_parallel import exchange
-from lrsa_lit.data.collate import collate
 from lrsa_lit.models import Backbone
-from lrsa_lit.strategies import FullySharded
 from lrsa_lit.tasks import LongContextQA
 
 HERE = Path(__file__).parent
 RULE = LRSAConfig(sink_size=16, lag_size=128, top_k=16)
-SHAPE, ANSWER, WARM_UP, GIB = "llama-3.2-1b", 64, 2, 2**30
+SHAPE, WARM_UP = "llama-3.2-1b", 2
 LENGTHS = [1 << 17, 3 << 16, 1 << 18, 3 << 17, 1 << 19, 5 << 17, 3 << 18, 7 << 17, 1 << 20]
 
 
@@ -125,12 +119,12 @@ def _train(options: argparse.Namespace) -> None:
     source = "tiny" if options.smoke else str(HERE / "shapes" / SHAPE)
     backbone = Backbone(source, dtype="bfloat16", random_weights=True, gradient_checkpointing=True)
     optimizer = functools.partial(torch.optim.AdamW, lr=1e-5, fused=not options.smoke)
-    clock, counted = _Clock(), _Counted()
+    clock, counted = Clock(), _Counted()
     trainer = lightning.Trainer(
         accelerator="cpu" if options.smoke else "cuda",
         devices=options.devices,
         # One device is measured as a run on one device is: without weights to gather.
-        strategy="auto" if options.devices == 1 else _OnDevice(context=options.devices),
+        strategy="auto" if options.devices == 1 else OnDevice(context=options.devices),
         max_steps=WARM_UP + options.steps,
         gradient_clip_val=1.0,
         callbacks=[clock],
@@ -142,7 +136,8 @@ def _train(options: argparse.Namespace) -> None:
     )
     dense = {"train_attention": None} if options.attention == "dense" else {}
     task = LongContextQA(backbone, RULE, optimizer, **dense)
-    trainer.fit(task, _batches(options))
+    # The same on all devices.
+    trainer.fit(task, batches(options.tokens, WARM_UP + options.steps, 0, smoke=options.smoke))
     if not trainer.is_global_zero:
         return
     seconds, steps = statistics.median(clock.seconds[WARM_UP:]), WARM_UP + options.steps
@@ -181,25 +176,6 @@ def _traffic(counted: _Counted, config: Any, steps: int, options: argparse.Names
     }
 
 
-def _batches(options: argparse.Namespace) -> DataLoader[Any]:
-    """A batch of one row for each step, the same on all devices."""
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = 259 if options.smoke else 128256
-    examples = [
-        {
-            "id": str(step),
-            "input_ids": torch.randint(3, vocabulary, (options.tokens,), generator=generator).tolist(),
-            "prompt_length": options.tokens - ANSWER,
-            "gold_spans": [],
-            "answer_spans": [],
-            "answers": [""],
-            "match": "any",
-        }
-        for step in range(WARM_UP + options.steps)
-    ]
-    return DataLoader(examples, collate_fn=functools.partial(collate, pad_token_id=2), pin_memory=not options.smoke)
-
-
 class _Counted:
     """Counts the bytes that shared rows bring from other devices."""
 
@@ -227,46 +203,6 @@ class _Counted:
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-class _OnDevice(FullySharded):
-    """Draws the random weights where they are sharded: a CPU would take minutes for them."""
-
-    @contextlib.contextmanager
-    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
-        with self.root_device:
-            yield
-
-
-class _Clock(Callback):
-    """Seconds of each step, of all devices together, and the largest peak of memory since training started."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.peak_gib = 0.0
-        self._since = 0.0
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        _wait(trainer)
-        self._since = time.perf_counter()
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        _wait(trainer)
-        self.seconds.append(time.perf_counter() - self._since)
-
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        peak = torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else 0.0
-        self.peak_gib = float(trainer.strategy.reduce(torch.tensor(peak, device=pl_module.device), reduce_op="max"))
-
-
-def _wait(trainer: Any) -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    trainer.strategy.barrier()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ as ``lrsa fit``. Writes ``results/two_gpus.json``; ``--smoke`` runs all of it wi
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import functools
 import json
@@ -18,27 +17,22 @@ import os
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
 import transformers
-from lightning.pytorch import Callback
+from device_runs import Clock, OnDevice, batches
 from lightning.pytorch.strategies import DDPStrategy
-from torch.utils.data import DataLoader
 
 from lrsa_lit.attention import LRSAConfig
-from lrsa_lit.data.collate import collate
 from lrsa_lit.models import Backbone, LoRA
-from lrsa_lit.strategies import FullySharded
 from lrsa_lit.tasks import LongContextQA
 
 HERE = Path(__file__).parent
 RULE = LRSAConfig(sink_size=16, lag_size=128, top_k=16)
-ANSWER, WARM_UP, GIB = 64, 3, 2**30
+WARM_UP = 3
 CASES = {"ddp": ("llama-3.2-1b", [1, 2]), "lora": ("llama-3.1-8b", [2]), "full": ("llama-3.1-8b", [2])}
 
 
@@ -112,8 +106,8 @@ def _train(options: argparse.Namespace) -> None:
         lora=LoRA() if case == "lora" else None,
     )
     optimizer = functools.partial(torch.optim.AdamW, lr=1e-5, fused=not options.smoke)
-    clock = _Clock()
-    strategy = DDPStrategy(gradient_as_bucket_view=True) if case == "ddp" else _OnDevice()
+    clock = Clock()
+    strategy = DDPStrategy(gradient_as_bucket_view=True) if case == "ddp" else OnDevice()
     trainer = lightning.Trainer(
         accelerator="cpu" if options.smoke else "cuda",
         devices=options.devices,
@@ -128,7 +122,9 @@ def _train(options: argparse.Namespace) -> None:
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    trainer.fit(LongContextQA(backbone, RULE, optimizer), _batches(options))
+    seed = int(os.environ.get("LOCAL_RANK", "0"))
+    of_device = batches(options.tokens, WARM_UP + options.steps, seed, smoke=options.smoke)
+    trainer.fit(LongContextQA(backbone, RULE, optimizer), of_device)
     if not trainer.is_global_zero:
         return
     seconds = statistics.median(clock.seconds[WARM_UP:])
@@ -145,65 +141,6 @@ def _train(options: argparse.Namespace) -> None:
         "loss": float(trainer.callback_metrics["train/loss"]),
     }
     options.row.write_text(json.dumps(row))
-
-
-def _batches(options: argparse.Namespace) -> DataLoader[Any]:
-    """A batch of one sequence for each step, another one on each device."""
-    generator = torch.Generator().manual_seed(int(os.environ.get("LOCAL_RANK", "0")))
-    vocabulary = 259 if options.smoke else 128256
-    examples = [
-        {
-            "id": str(step),
-            "input_ids": torch.randint(3, vocabulary, (options.tokens,), generator=generator).tolist(),
-            "prompt_length": options.tokens - ANSWER,
-            "gold_spans": [],
-            "answer_spans": [],
-            "answers": [""],
-            "match": "any",
-        }
-        for step in range(WARM_UP + options.steps)
-    ]
-    return DataLoader(examples, collate_fn=functools.partial(collate, pad_token_id=2), pin_memory=not options.smoke)
-
-
-class _OnDevice(FullySharded):
-    """Draws the random weights where they are sharded: a CPU would take minutes for them."""
-
-    @contextlib.contextmanager
-    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
-        with self.root_device:
-            yield
-
-
-class _Clock(Callback):
-    """Seconds of each step, of all devices together, and the largest peak of memory since training started."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.peak_gib = 0.0
-        self._since = 0.0
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        _wait(trainer)
-        self._since = time.perf_counter()
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        _wait(trainer)
-        self.seconds.append(time.perf_counter() - self._since)
-
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        peak = torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else 0.0
-        self.peak_gib = float(trainer.strategy.reduce(torch.tensor(peak, device=pl_module.device), reduce_op="max"))
-
-
-def _wait(trainer: Any) -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    trainer.strategy.barrier()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,77 @@
+"""What benchmarks of several devices share: batches, a clock, and a sharded model that is drawn on its devices."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from torch.utils.data import DataLoader
+
+from lrsa_lit.data.collate import collate
+from lrsa_lit.strategies import FullySharded
+
+ANSWER, GIB = 64, 2**30
+
+
+def batches(tokens: int, steps: int, seed: int, *, smoke: bool) -> DataLoader[Any]:
+    """A batch of one sequence for each step, with an answer of ``ANSWER`` tokens at its end."""
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = 259 if smoke else 128256
+    examples = [
+        {
+            "id": str(step),
+            "input_ids": torch.randint(3, vocabulary, (tokens,), generator=generator).tolist(),
+            "prompt_length": tokens - ANSWER,
+            "gold_spans": [],
+            "answer_spans": [],
+            "answers": [""],
+            "match": "any",
+        }
+        for step in range(steps)
+    ]
+    return DataLoader(examples, collate_fn=functools.partial(collate, pad_token_id=2), pin_memory=not smoke)
+
+
+class OnDevice(FullySharded):
+    """Draws the random weights where they are sharded: a CPU would take minutes for them."""
+
+    @contextlib.contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        with self.root_device:
+            yield
+
+
+class Clock(Callback):
+    """Seconds of each step, of all devices together, and the largest peak of memory since training started."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.peak_gib = 0.0
+        self._since = 0.0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        _wait(trainer)
+        self._since = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        _wait(trainer)
+        self.seconds.append(time.perf_counter() - self._since)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        peak = torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else 0.0
+        self.peak_gib = float(trainer.strategy.reduce(torch.tensor(peak, device=pl_module.device), reduce_op="max"))
+
+
+def _wait(trainer: Any) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    trainer.strategy.barrier()
