@@ -121,10 +121,15 @@ class Card:
         if not scores:
             yield "## Scores\n\nNone are recorded.\n"
             return
-        lines = ["## Scores\n", "| score | value | attention | run |", "|---|---|---|---|"]
+        lines = ["## Scores\n", "| score | value | rule of the run | run |", "|---|---|---|---|"]
         lines += [f"| {each.name} | {each.value:.4f} | {each.rule} | {each.run} |" for each in scores]
-        lines.append("\n`val/` and `test/` are of answers to the data set's questions, a name behind them is another")
-        lines.append("attention of the same weights; `eval/` are tasks of lm-evaluation-harness.\n")
+        lines.append(
+            "\n`val/` and `test/` score answers to the questions of the data. A further name is a task, or another"
+        )
+        lines.append(
+            "attention of the same weights, such as `dense`. `eval/` are tasks of lm-evaluation-harness. Scores of"
+        )
+        lines.append("the training run are those of its last validation.\n")
         yield "\n".join(lines)
 
     def _loading(self) -> str:
