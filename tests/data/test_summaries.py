@@ -71,7 +71,7 @@ def test_a_changed_file_is_read_again_and_is_in_the_key(tmp_path):
 @pytest.mark.parametrize(
     ("content", "field", "said"),
     [
-        ("", "map", "has none"),
+        ("", "map", "has no summaries"),
         ('{"passage": "a", "by": "x"}\n', "line 1", "is missing"),
         ('{"passage": "a", "by": "x", "summary": "s"}\n{"passage": "b", "by": "y", "summary": "s"}\n', "line 2",
          "another model, or other settings"),
@@ -82,7 +82,7 @@ def test_what_is_no_file_of_summaries_is_refused(tmp_path, content, field, said)
     (tmp_path / "s.jsonl").write_text(content)
     with refused(field if field == "map" else f"{tmp_path}/s.jsonl, {field}", reason=said):
         Summaries(str(tmp_path / "s.jsonl"))
-    with refused("map", reason="no file"):
+    with refused("map", reason="not an existing file"):
         Summaries(str(tmp_path / "none.jsonl"))
 
 
