@@ -6,6 +6,7 @@ import json
 import socket
 
 import openai
+import psutil
 import pytest
 from cli_helpers import refusal
 from serving_helpers import KEY, RULE, Server, chat, text_alone
@@ -295,6 +296,21 @@ def test_a_port_in_use_is_refused(server, capfd):
 )
 def test_mistakes_in_the_command_are_one_line(flags, told, capfd):
     assert told in refusal(capfd, "serve", *flags)
+
+
+def test_a_worker_that_is_killed_ends_the_server_and_keeps_nobody_waiting(server):
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    (worker,) = [each for each in children if "spawn_main" in " ".join(each.cmdline())]
+    link = connected(server, n=8, max_tokens=2000, temperature=1.9)
+    while server.count("lrsa_rows") == 0:
+        pass
+    worker.kill()
+    status, _, body = link.recv(1 << 16).partition(b"\r\n")
+    assert b" 500 " in status
+    assert b"a worker of the server has died" in body
+    assert server.process.wait() == 1
+    assert server.log.read_text().splitlines()[-1].startswith("lrsa: a worker has died")
+    psutil.wait_procs(children)
 
 
 def test_it_ends_what_it_answers_when_it_is_told_to_end(server, model):

@@ -168,6 +168,7 @@ class ChatSpec(OpenAISpec):  # type: ignore[misc]
         self._limits, self._shared, self._created = limits, shared, int(time.time())
         self._answering: dict[str, _Answering] = {}
         self._seconds = 1.0
+        self._watching: asyncio.Task[None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Workers need no tokenizer."""
@@ -203,9 +204,10 @@ class ChatSpec(OpenAISpec):  # type: ignore[misc]
             raise
 
     async def _chat_completion(self, request: Request) -> Response:
-        body = await request.body()
-        # Reading a long text takes a while.
+        began, body = time.monotonic(), await request.body()
+        # A long text takes a while, in which others are answered.
         one = await asyncio.to_thread(self._read, body)
+        one.began = began
         await self._submit(one)
         gone, streamed = asyncio.create_task(_left(request)), False
         try:
@@ -321,10 +323,19 @@ class ChatSpec(OpenAISpec):  # type: ignore[misc]
         if EVENTS not in self.response_buffer:
             queue: Any = _Dispatcher(self._answering)
             self.response_buffer[EVENTS] = ResponseBufferItem(asyncio.Event(), queue)
+            self._watching = asyncio.create_task(self._watch())
         uid = one.job.uid
         self._answering[uid] = one
         item = self.response_queue_id, uid, time.monotonic(), one.job
         await asyncio.to_thread(self.request_queue.put, item)
+
+    async def _watch(self) -> None:
+        """Let nobody wait for a worker that has died: LitServe then ends the server."""
+        while True:
+            await asyncio.sleep(1)
+            if self._shared.bereaved:
+                for uid, one in self._answering.items():
+                    one.events.put_nowait(Event(uid, 0, None, "error", one.cached, "a worker of the server has died"))
 
     def _close(self, one: _Answering) -> None:
         """Forget a request; if it is not answered, its rows are given back."""

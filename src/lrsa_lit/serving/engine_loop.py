@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import multiprocessing
+import os
 import queue
 from dataclasses import dataclass, field
 from multiprocessing.queues import Queue
@@ -32,17 +33,20 @@ class Shared:
     Attributes:
         waiting: requests that no worker has taken yet.
         cancelled: for each worker, the names of jobs that nobody waits for any more.
+        pids: of the workers; 0 for one that is not ready.
     """
 
     workers: int
     waiting: Synchronized[int] = field(init=False)
     cancelled: list[Queue[str]] = field(init=False)
+    pids: Any = field(init=False)
 
     def __post_init__(self) -> None:
         # LitServe starts its workers so.
         context = multiprocessing.get_context("spawn")
         self.waiting = context.Value("i", 0)
         self.cancelled = [context.Queue() for _ in range(self.workers)]
+        self.pids = context.Array("i", self.workers)
 
     def enter(self, most: int) -> bool:
         """Count one more that waits, unless so many do already."""
@@ -57,6 +61,17 @@ class Shared:
         with self.waiting.get_lock():
             self.waiting.value -= 1
 
+    @property
+    def bereaved(self) -> bool:
+        """Whether a worker has died."""
+        for pid in self.pids:
+            try:
+                if pid:
+                    os.kill(pid, 0)
+            except ProcessLookupError:
+                return True
+        return False
+
     def cancel(self, uid: str) -> None:
         """Tell all workers, of which one has the job or will get it."""
         for names in self.cancelled:
@@ -68,6 +83,7 @@ class EngineLoop(LitLoop):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
+        self._began = False
         self._homes: dict[str, int] = {}
         self._live: dict[str, int] = {}
         self._cancelled: collections.OrderedDict[str, None] = collections.OrderedDict()
@@ -84,6 +100,8 @@ class EngineLoop(LitLoop):  # type: ignore[misc]
     ) -> None:
         """As LitServe has it, without end."""
         engine = lit_api.engine
+        if not self._began:
+            self._began, lit_api.shared.pids[worker_id] = True, os.getpid()
         if lit_api.ending and engine.idle:
             raise SystemExit
         self._take_cancelled(lit_api, worker_id)

@@ -92,6 +92,9 @@ def serve(load: Load, front: Front, limits: Limits, address: Address, devices: l
         except RuntimeError as error:
             # A worker's own error is in the log.
             raise UserError("MODEL", reason=f"cannot be served: {message_of(error)}") from error
+        except (EOFError, ConnectionError):
+            # LitServe has ended everything by then, its queues too.
+            raise SystemExit("lrsa: a worker has died, and the server with it; the log above may say why") from None
 
 
 @contextlib.contextmanager

@@ -106,7 +106,8 @@ class Rows(Generic[Key]):
         longest = 1 << (max(self._longest.values()) - 1).bit_length()
         needed = len(self._places), max(longest, self._decodes[1])
         if self._decoder is None or self._decodes != needed:
-            self._decoder, self._decodes = Decoder(self.model, self.cache, longest=needed[1]), needed
+            # Memory is for the longest: rows near their ends need no room beyond.
+            self._decoder, self._decodes = Decoder(self.model, self.cache, room=1, longest=needed[1]), needed
         return self._decoder
 
     def _nobody(self) -> LRSACache:

@@ -5,6 +5,7 @@ Dimensions: H key-value heads, D head_dim.
 
 from __future__ import annotations
 
+import array
 import collections
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,8 @@ from lrsa_lit.ops.sparse_attention import Held, KeyValueStream, Rule
 
 _MOST_SEEN = 100_000
 """Ends of chunks of earlier prompts that are remembered, 32 bytes each."""
-Places = list[tuple[int, int, str]]
+Place = tuple[int, int, str]
+"""A layer, a part of it, and what that holds."""
 
 
 @dataclass(eq=False)
@@ -32,8 +34,8 @@ class _Snapshot:
     key: bytes
     length: int
     parent: _Snapshot | None
-    settled: dict[tuple[int, int, str], tuple[Tensor, ...]]
-    recent: dict[tuple[int, int, str], tuple[Tensor, ...]]
+    settled: dict[Place, tuple[Tensor, ...]]
+    recent: dict[Place, tuple[Tensor, ...]]
     token_bytes: list[int]
     settled_rows: dict[tuple[int, int], int]
     children: int = 0
@@ -107,7 +109,7 @@ class Snapshots:
             snapshot = snapshot.parent
         for each in chain:
             self._kept.move_to_end(each.key)
-        parts: dict[tuple[int, int, str], tuple[Tensor, ...]] = {}
+        parts: dict[Place, tuple[Tensor, ...]] = {}
         for place, window in recent.items():
             rows = [each.settled[place] for each in reversed(chain) if place in each.settled]
             parts[place] = tuple(torch.cat(tensors, dim=2) for tensors in zip(*rows, window, strict=True))
@@ -155,14 +157,16 @@ class Snapshots:
         digest, before = hashlib.sha256(), 0
         first = self.rule.sink_size + 2 * self.rule.lag_size
         for end in range(first, len(ids), self.rule.chunk):
-            digest.update(b"".join(int(token).to_bytes(4, "little") for token in ids[before:end]))
+            digest.update(array.array("I", ids[before:end]).tobytes())
             before = end
             yield end, digest.digest()
 
 
 def _of(cache: LRSACache, key: bytes, parent: _Snapshot | None) -> _Snapshot:
     pasts = cache.pasts()
-    settled, recent, settled_rows = {}, {}, {}
+    settled: dict[Place, tuple[Tensor, ...]] = {}
+    recent: dict[Place, tuple[Tensor, ...]] = {}
+    settled_rows: dict[tuple[int, int], int] = {}
     for layer, (past, of_layer) in enumerate(zip(pasts, cache.layers, strict=True)):
         (stream,), (parts,) = of_layer.streams, past.held
         for part, (of_part, held) in enumerate(zip(stream.parts, parts, strict=True)):
@@ -178,7 +182,7 @@ def _of(cache: LRSACache, key: bytes, parent: _Snapshot | None) -> _Snapshot:
     return _Snapshot(key, pasts[0].columns, parent, settled, recent, token_bytes, settled_rows)
 
 
-def _past(layer: int, length: int, token_bytes: int, parts: Mapping[tuple[int, int, str], tuple[Tensor, ...]]) -> Past:
+def _past(layer: int, length: int, token_bytes: int, parts: Mapping[Place, tuple[Tensor, ...]]) -> Past:
     held: list[Held] = []
     numbers = sorted({part for of_layer, part, _ in parts if of_layer == layer})
     for number in numbers:
