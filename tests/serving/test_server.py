@@ -3,13 +3,11 @@
 import concurrent.futures
 import itertools
 import json
-import socket
 
 import openai
-import psutil
 import pytest
 from cli_helpers import refusal
-from serving_helpers import KEY, RULE, Server, chat, text_alone
+from serving_helpers import MESSAGE, RULE, Server, chat, text_alone
 
 from lrsa_lit.attention import enable
 from lrsa_lit.models.tiny import tiny_model
@@ -117,7 +115,6 @@ def test_the_model_is_listed(server):
     assert caught.value.param == "model"
 
 
-MESSAGE = {"role": "user", "content": "?"}
 IMAGE = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
 BAD = {
     "unknown model": ({"model": "gpt-9"}, "model"),
@@ -227,24 +224,13 @@ def test_a_full_queue_says_when_to_come_again(server):
     assert nothing_is_left(server)
 
 
-def connected(server, **body):
-    """A socket that has asked."""
-    text = json.dumps({"model": "tiny", "messages": [MESSAGE], "temperature": 0} | body).encode()
-    head = (
-        f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(text)}"
-    )
-    link = socket.create_connection(("127.0.0.1", server.port))
-    link.sendall(head.encode() + b"\r\n\r\n" + text)
-    return link
-
-
 ENDLESS = {"max_tokens": 500, "temperature": 1.9, "seed": 5}
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_a_client_that_goes_away_gives_its_rows_back(stream, server):
     done = server.count("lrsa_completion_tokens_total")
-    links = [connected(server, stream=stream, n=4, **ENDLESS) for _ in range(4)]
+    links = [server.connected(stream=stream, n=4, **ENDLESS) for _ in range(4)]
     while server.count("lrsa_rows") == 0:
         pass
     for link in links:
@@ -296,21 +282,6 @@ def test_a_port_in_use_is_refused(server, capfd):
 )
 def test_mistakes_in_the_command_are_one_line(flags, told, capfd):
     assert told in refusal(capfd, "serve", *flags)
-
-
-def test_a_worker_that_is_killed_ends_the_server_and_keeps_nobody_waiting(server):
-    children = psutil.Process(server.process.pid).children(recursive=True)
-    (worker,) = [each for each in children if "spawn_main" in " ".join(each.cmdline())]
-    link = connected(server, n=8, max_tokens=2000, temperature=1.9)
-    while server.count("lrsa_rows") == 0:
-        pass
-    worker.kill()
-    status, _, body = link.recv(1 << 16).partition(b"\r\n")
-    assert b" 500 " in status
-    assert b"a worker of the server has died" in body
-    assert server.process.wait() == 1
-    assert server.log.read_text().splitlines()[-1].startswith("lrsa: a worker has died")
-    psutil.wait_procs(children)
 
 
 def test_it_ends_what_it_answers_when_it_is_told_to_end(server, model):
