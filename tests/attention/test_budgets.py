@@ -122,7 +122,7 @@ def test_a_file_holds_them(tmp_path, rule):
     assert config.to_dict()["head_top_k"] == BUDGETS
     assert config.replace(top_k=5) == rule.replace(top_k=5), "another K is one for all heads"
     path.write_text("[[1,")
-    with refused("head_top_k", str(path), reason="is no JSON file"):
+    with refused("head_top_k", str(path), reason="is not valid JSON"):
         rule.replace(head_top_k=str(path))
     with refused("head_top_k", str(tmp_path / "none"), reason="cannot be read"):
         rule.replace(head_top_k=str(tmp_path / "none"))
@@ -155,7 +155,7 @@ def test_what_does_not_go_with_them_is_refused(tiny, rule, ragged):
         enable(model, rule.replace(head_top_k=[[1, 2, 3]] * 3))
     with refused("head_top_k", reason="has K of 3 layers"):
         LRSACache(ragged, 4)
-    with refused("head_top_k", reason="beside a system"):
+    with refused("head_top_k", reason="with a system"):
         ragged.replace(system=KeyNorm())
     with refused("compressor.shared_heads", True):
         ragged.replace(compressor=QueryAttention(window=2, shared_heads=True))

@@ -260,9 +260,8 @@ def test_what_it_shows_of_itself(model, tokens, rule):
     mask[1, :30] = 0
     feed(model, cache, ids, [90])
     kept = stored_size(90, rule.rule)
-    assert (
-        repr(cache) == f"LRSACache(90 tokens seen, {kept} kept a head ({kept / 90:.0%}), 2 rows, 3 layers, LagRelative)"
-    )
+    share = f"{kept / 90:.0%}"
+    assert repr(cache) == f"LRSACache(90 tokens seen, {kept} kept per head ({share}), 2 rows, 3 layers, LagRelative)"
     cache.reset()
     feed(model, cache, ids, [90], mask)
     assert repr(cache).startswith("LRSACache(75 tokens seen, ")

@@ -187,11 +187,11 @@ def test_what_a_system_looks_up_is_told_beside_what_it_holds(model, monkeypatch)
     [
         (LRSAConfig(4, 8, 2), 0, "above 0 and at most 1"),
         (LRSAConfig(4, 8, 2), 1.5, "above 0 and at most 1"),
-        (LRSAConfig(4, 8, 2), 0.1, "at least 0.2000 for LagRelative at 100 tokens, where 4 sinks and 16 of the window"),
+        (LRSAConfig(4, 8, 2), 0.1, "at least 0.2000 for LagRelative at 100 tokens, where 4 sinks and 16 window tokens"),
         (
             LRSAConfig(4, 8, 2, dense_layers=(0,)),
             0.3,
-            "at least 0.4667 for LagRelative at 100 tokens, where 4 sinks and 16 of the window stay, and all",
+            "at least 0.4667 for LagRelative at 100 tokens, where 4 sinks and 16 window tokens are always kept, and",
         ),
         (LRSAConfig(4, 100), 0.9, "at least 1.0000"),
         (LRSAConfig(system=StreamingLLM(sink_size=30)), 0.2, "at least 0.3000 for StreamingLLM"),
@@ -235,7 +235,7 @@ def test_a_cache_of_latents_holds_what_its_budget_says(dense, whole):
         assert measured.held / measured.dense == pytest.approx(expected, rel=1e-6)
     with refused("budget", reason="", allowed="at least"):
         at_budget(config, 0.1, 96, LAYERS, backbone.head)
-    with refused("latents", reason="are not there"):
+    with refused("latents", reason="do not exist"):
         at_budget(config, 0.5, 96, LAYERS, HEAD)
 
 

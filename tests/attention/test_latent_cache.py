@@ -163,10 +163,10 @@ def test_bfloat16_under_autocast(tokens, rule, whole):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"system": "StreamingLLM"}, "beside a system"),
-        ({"head_top_k": [[1, 2]]}, "beside head_top_k"),
-        ({"compressor": "MeanPool"}, "beside MeanPool"),
-        ({"compressor": "TokenGate"}, "beside TokenGate"),
+        ({"system": "StreamingLLM"}, "with a system"),
+        ({"head_top_k": [[1, 2]]}, "with head_top_k"),
+        ({"compressor": "MeanPool"}, "with MeanPool"),
+        ({"compressor": "TokenGate"}, "with TokenGate"),
     ],
 )
 def test_rules_that_hold_no_latents(changes, reason):
@@ -176,7 +176,7 @@ def test_rules_that_hold_no_latents(changes, reason):
 
 def test_models_that_have_none(whole, rule):
     config = rule.replace(latents=True)
-    with refused("latents", reason="are not there"):
+    with refused("latents", reason="do not exist"):
         enable(whole("Llama"), config)
     with refused("latents", reason="LRSACache.of"):
         LRSACache(config, 3)

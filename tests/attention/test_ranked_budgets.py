@@ -109,7 +109,7 @@ def test_the_bytes_of_a_cache_are_within_the_share(dense, ranking):
 @pytest.mark.parametrize(
     ("changes", "field", "said"),
     [
-        ({"budget": 0.33}, "head_top_k.budget", "at least 0.3400 at 100 tokens, where K = 2 holds 34 pairs of a head"),
+        ({"budget": 0.33}, "head_top_k.budget", "at least 0.3400 at 100 tokens, where K = 2 holds 34 pairs per head"),
         ({"budget": 0.33, "top_k": 1}, "", ""),
         ({"budget": 0.5, "dense_layers": (0,)}, "head_top_k.budget", "at least 0.5600 at 100 tokens"),
         ({"budget": 0.99, "tokens": 17}, "head_top_k.budget", "at least 1.0000 at 17 tokens"),

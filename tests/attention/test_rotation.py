@@ -54,7 +54,7 @@ def test_frequencies_that_depend_on_the_length_are_refused(kind, tiny):
         rotaries_of(tiny("Llama", rope_parameters=parameters))
 
 
-@pytest.mark.parametrize(("family", "reason"), [("GPT2", "no rotary positions"), ("Glm", "turns other channels")])
+@pytest.mark.parametrize(("family", "reason"), [("GPT2", "no rotary positions"), ("Glm", "rotates other pairs")])
 def test_other_positions_are_refused(family, reason, tiny):
     changes = {"head_dim": 8} if family == "Glm" else {}
     with refused("model", f"{family}{'LMHeadModel' if family == 'GPT2' else 'ForCausalLM'}", reason=reason):

@@ -78,12 +78,12 @@ def test_dense_layers_score_nothing(tiny, tokens, gates):
 
 def test_what_cannot_carry_scores_is_refused(tiny, tokens, gates):
     model, config = tiny("Llama"), LRSAConfig(3, 8, 3, compressor=gates[0])
-    with refused("config.compressor", "TokenGate", reason="stock attention scores no tokens"):
+    with refused("config.compressor", "TokenGate", reason="stock attention does not score tokens"):
         LRSACache.of(model, config)
     enable(model, config)
     past = DynamicCache()
     model(tokens(1, 30), **cache_argument(model, past))
-    with refused("past_key_values", reason="holds no scores of tokens"):
+    with refused("past_key_values", reason="does not hold the token scores"):
         model(tokens(1, 3), **cache_argument(model, past))
     with refused("compressor.init_args.weights", reason="the model has 3 of 2 and width 16"):
         enable(tiny("Llama", hidden_size=16, num_attention_heads=2, head_dim=8), config)

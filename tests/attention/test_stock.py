@@ -102,12 +102,12 @@ def test_generating_after_prefill_is_what_the_enabled_model_generates(search, ti
 def test_a_call_over_a_compression_is_refused_and_nothing_is_taken_in(tiny, tokens, rule):
     model, ids = tiny("Llama"), tokens(1, 90)
     cache = LRSACache.of(model, rule)
-    with refused("input_ids", reason="90 tokens behind 0 "):
+    with refused("input_ids", reason="90 tokens after 0 "):
         model(ids, past_key_values=cache)
     assert cache.stored_tokens() == [0, 0, 0]
     prefill(model, ids, cache)
     crossing = tokens(1, 2 * rule.rule.chunk)
-    with refused("input_ids", reason="tokens behind 90 "):
+    with refused("input_ids", reason="tokens after 90 "):
         model(crossing, past_key_values=cache)
     assert cache.stored_tokens() == [stored_size(90, rule.rule)] * 3
 
@@ -116,7 +116,7 @@ def test_pads_are_refused(tiny, tokens, rule):
     model, mask = tiny("Llama"), torch.ones(2, 10, dtype=torch.long)
     mask[1, :3] = 0
     cache = LRSACache.of(model, rule)
-    with refused("attention_mask", reason="without pads"):
+    with refused("attention_mask", reason="does not support pads"):
         model(tokens(2, 10), attention_mask=mask, past_key_values=cache)
 
 

@@ -119,7 +119,7 @@ def test_an_evaluation_is_set_to_a_budget(capfd):
     assert own.top_k == 3
     assert about["attentions"]["dense"]["rule"] is None
     said = refusal(capfd, "test", *settings, *rule, "--budget", "0.05")
-    floor = "at least 0.0750 for LagRelative at 640 tokens, where 16 sinks and 32 of the window stay"
+    floor = "at least 0.0750 for LagRelative at 640 tokens, where 16 sinks and 32 window tokens are always kept"
     assert said == f"budget: 0.05 is not allowed; it must be {floor}"
     said = refusal(capfd, "test", *settings, *rule, "--cache-tokens", "32")
     assert said == f"cache_tokens: 32 is not allowed; it must be a share of 640 tokens that is {floor}"

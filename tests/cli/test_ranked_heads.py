@@ -80,4 +80,4 @@ def test_a_study_tells_it_before_the_first_training(where, changes, capfd):
     error = refusal(capfd, "study", "run", "study.yaml", "--part", "main")
     assert f"{where}.head_top_k.budget: 0.05 is not allowed" in error
     # 2 sinks, 8 of each of 30 partitions, and 62 of the window.
-    assert "at least 0.2969 at 1024 tokens, where K = 8 holds 304 pairs of a head" in error
+    assert "at least 0.2969 at 1024 tokens, where K = 8 holds 304 pairs per head" in error

@@ -250,7 +250,7 @@ def test_it_answers_from_no_other_cache(model, system):
         whole = model(prompt, use_cache=False).logits
         alike(torch.cat([model(part, **dynamic).logits for part in prompt.split(9, dim=1)], dim=1), whole)
         return
-    with refused("past_key_values", "DynamicCache", reason=f"{type(system).__name__} answers from an LRSACache alone"):
+    with refused("past_key_values", "DynamicCache", reason=f"{type(system).__name__} works only with an LRSACache"):
         model(prompt, **dynamic)
 
 

@@ -1,4 +1,4 @@
-"""The Hugging Face seam: ``enable(model, LRSAConfig(…))``, the compressed cache and generation."""
+"""LRSA in Hugging Face models: ``enable(model, LRSAConfig(…))``, the compressed cache and generation."""
 
 from __future__ import annotations
 
@@ -63,5 +63,5 @@ _NAMES = {
     "measured": ("Measured", "Usage", "shares"),
     "rotation": ("rotaries_of",),
 }
-# A config is checked where nobody needs transformers yet, which take seconds to import.
+# Importing transformers takes seconds, and checking a config does without it.
 __getattr__ = lazily(__name__, {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names})

@@ -1,4 +1,4 @@
-"""What LRSA attaches to a model's attention modules, and what it reads of the model's calls and config."""
+"""What LRSA attaches to a model's attention modules, and functions that read the model's calls and config."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ RULE = "_lrsa_rule"
 _log = logging.getLogger(__name__)
 
 Observe = Callable[["AttachedRule", Layout, Tensor, Tensor, Tensor], None]
-"""Sees a layer's rule, the layout of the call, query, key and value."""
+"""An observer, called with a layer's rule, the call's layout, query, key and value."""
 
 
 @dataclass(eq=False)
 class Enabled:
-    """What ``enable`` changed on a model, so that ``disable`` can put it back."""
+    """What ``enable`` changed on a model, so that ``disable`` can undo it."""
 
     config: LRSAConfig
     impl: Impl
@@ -43,30 +43,30 @@ class Enabled:
 
 @dataclass(eq=False)
 class AttachedRule:
-    """What is attached to the attention of one layer: a rule (of each head), or a system, or neither if it is dense."""
+    """What is attached to the attention of one layer: a rule (or one per head), a system, or neither if it is dense."""
 
     state: Enabled
     rule: Rule | HeadRules | None
     layer: int
     system: System | None
     place: Place
-    # As a compiled layer takes it.
+    # The rule as a tensor, for compiled layers.
     rule_tensor: Tensor | None = None
-    # The weights (H, width) by which a TokenGate's tokens are scored.
+    # The weights (H, width) with which a TokenGate scores tokens.
     gate: Tensor | None = None
     has_attended: bool = False
-    # Of the last call, until a first call has shown that each layer attends once.
+    # The layout of the last call; set only until the first call has shown that each layer attends once.
     layout: Layout | None = None
 
 
 def enabled_state(model: PreTrainedModel) -> Enabled | None:
-    """What is attached to the model, or None."""
+    """The state that ``enable`` attached to the model, or None."""
     attached: list[AttachedRule] = [getattr(module, RULE) for module in model.modules() if hasattr(module, RULE)]
     return attached[0].state if attached else None
 
 
 def base_of(model: Any) -> Any:
-    """The Hugging Face model inside a peft wrapper; any other model is its own."""
+    """The Hugging Face model inside a peft wrapper; any other model is returned unchanged."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -80,23 +80,23 @@ def arguments_by_name(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[st
 
 
 def tokens_of_call(given: dict[str, Any]) -> Tensor | None:
-    """The ids (B, T) or embeddings (B, T, width) of a forward call, if it has any; without, transformers refuses it."""
+    """The ids (B, T) or embeddings (B, T, width) of a forward call; None without them, which transformers refuses."""
     return next((given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None), None)
 
 
 def cache_of_call(*arguments: Any) -> Cache | None:
-    """The cache among the arguments of a forward call, whatever this version of transformers calls it."""
+    """The cache among the arguments of a forward call, whose name depends on the version of transformers."""
     return next((value for value in arguments if isinstance(value, Cache)), None)
 
 
 def cache_argument(model: Any, cache: Cache | None) -> dict[str, Any]:
-    """A cache as a keyword of the model's ``forward`` and ``generate``: ``cache`` since transformers 5.24."""
+    """A cache as a keyword of the model's ``forward`` and ``generate``, named ``cache`` since transformers 5.24."""
     known = inspect.signature(base_of(model).forward).parameters
     return {"cache" if "cache" in known else "past_key_values": cache}
 
 
 def given_or_stored(config: LRSAConfig | None, model: PreTrainedModel) -> LRSAConfig:
-    """The rule that the caller gave, or else the one in the model's ``config.json``; a UserError if there is none."""
+    """The given rule, or else the one in the model's ``config.json``; a UserError if there is none."""
     if config is not None:
         return config
     stored = getattr(model.config, "lrsa", None)
@@ -107,19 +107,19 @@ def given_or_stored(config: LRSAConfig | None, model: PreTrainedModel) -> LRSACo
 
 
 def warn_if_trained_otherwise(model: PreTrainedModel, config: LRSAConfig) -> None:
-    """One line if the weights say that they were trained with another rule or system."""
+    """Log one warning if the model's config says that its weights were trained with another rule or system."""
     warn_of_others(getattr(model.config, "lrsa", None), [config])
 
 
 def warn_of_others(trained_with: dict[str, Any] | None, configs: Sequence[LRSAConfig]) -> None:
-    """The same if none of the configs, of which the first is named, is what weights were trained with; None: dense."""
+    """Log one warning if the weights were trained with none of the configs. It names the first; None means dense."""
     now = [_read_of(config.to_dict()) for config in configs]
     if trained_with is not None and (before := _read_of(trained_with)) not in now:
         _warn_once(f"the weights were trained with {_described(before)} and now run with {_described(now[0])}")
 
 
 def _read_of(rule: Any) -> Any:
-    """A rule's dict without what attention does not depend on: what a system does not read, and what caches hold.
+    """A rule's dict without settings that do not affect attention: those that its system does not read, and latents.
 
     The dict comes from a ``config.json``, which may hold anything.
     """
@@ -131,7 +131,7 @@ def _read_of(rule: Any) -> Any:
 
 
 def _described(rule: Any) -> str:
-    """What :func:`_read_of` has left; a system by its name."""
+    """Text for the result of :func:`_read_of`; a system appears by its name."""
     if not isinstance(rule, dict) or not isinstance(system := rule.get("system"), dict):
         return str(rule)
     dense = {"dense_layers": rule["dense_layers"]} if rule["dense_layers"] else {}
@@ -140,5 +140,5 @@ def _described(rule: Any) -> str:
 
 @functools.lru_cache
 def _warn_once(message: str) -> None:
-    """An evaluation switches back and forth between rules; each is worth one line."""
+    """Log a warning once: an evaluation that switches between rules would repeat it."""
     _log.warning("%s", message)

@@ -1,4 +1,4 @@
-"""K of each layer or of each of its key-value heads: read, checked, and what it comes to on average."""
+"""K of each layer or of each key-value head: read it, check it and average it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lrsa_lit.ops.sparse_attention import HeadRules, Rule
 from lrsa_lit.paths import expanded
 
 HeadTopK = tuple[int | tuple[int, ...], ...]
-"""Of each layer K, or K of each of its key-value heads."""
+"""For each layer K, or K of each of its key-value heads."""
 FIELD = "head_top_k"
 
 
 def checked(given: Any, rule: Rule, dense_layers: Collection[int] = ()) -> HeadTopK:
-    """The budgets in a list, in the JSON file of some path, or by a ranking; null in them is the rule's K.
+    """K of each layer or head from a list, from the path of a JSON file, or from a ranking; null means the rule's K.
 
     Raises:
-        UserError: a file that cannot be read, lists of another form, a K outside 0 … L, a compressor by which all heads
-            keep the same, or a share of the cache below what always stays.
+        UserError: the file cannot be read, the lists have another form, K is outside 0 … L, the compressor makes all
+            heads keep the same tokens, or the share of the cache is below what is always kept.
     """
     values = _read(given) if isinstance(given, str) else given
     if isinstance(given, Mapping):
@@ -35,7 +35,7 @@ def checked(given: Any, rule: Rule, dense_layers: Collection[int] = ()) -> HeadT
     check_setting(FIELD, values, isinstance(values, list | tuple) and bool(values), allowed)
     heads = {len(layer) for layer in values if isinstance(layer, list | tuple)}
     if len(heads) > 1 or 0 in heads:
-        raise UserError(FIELD, reason=f"has lists of {sorted(heads)} heads; they must be equally long")
+        raise UserError(FIELD, reason=f"has lists of {sorted(heads)} heads; all must have the same length")
 
     def one(where: str, value: Any) -> int:
         value = rule.top_k if value is None else value
@@ -55,7 +55,7 @@ def checked(given: Any, rule: Rule, dense_layers: Collection[int] = ()) -> HeadT
 
 
 def check_shape(budgets: HeadTopK, layers: int, heads: int | None) -> None:
-    """Raise a UserError unless the budgets are those of so many layers and heads; None is any number of heads."""
+    """Raise a UserError unless the budgets fit these numbers of layers and heads; None allows any number of heads."""
     given = next((len(layer) for layer in budgets if isinstance(layer, tuple)), None)
     if len(budgets) != layers or (None not in (given, heads) and given != heads):
         of_heads = "" if heads is None else f" x {heads} heads"
@@ -64,13 +64,13 @@ def check_shape(budgets: HeadTopK, layers: int, heads: int | None) -> None:
 
 
 def heads_of(config: Any) -> int:
-    """Key-value heads of each layer of a model, from its config."""
+    """The number of key-value heads per layer, from a model's config."""
     text = config.get_text_config()
     return int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
 
 
 def with_budget(rule: Rule, budget: int | tuple[int, ...]) -> Rule | HeadRules | None:
-    """The rule of a layer with its budget; None where it drops nothing."""
+    """The rule of a layer with its budget; None if the layer drops nothing."""
     different = {budget} if isinstance(budget, int) else set(budget)
     if len(different) > 1:
         assert isinstance(budget, tuple)
@@ -80,11 +80,11 @@ def with_budget(rule: Rule, budget: int | tuple[int, ...]) -> Rule | HeadRules |
 
 
 def mean_top_k(rule: Any, layers: int) -> Fraction:
-    """K averaged over the heads of all layers, of which dense ones have L.
+    """K averaged over the heads of all layers; dense layers count as K = L.
 
     Args:
-        rule: a config or the dict that its ``to_dict`` made.
-        layers: of the model.
+        rule: a config, or the dict that its ``to_dict`` returns.
+        layers: the number of the model's layers.
     """
     values: dict[str, Any] = rule if isinstance(rule, dict) else rule.to_dict()
     budgets: Sequence[Any] = values.get(FIELD) or [values["top_k"]] * layers
@@ -99,4 +99,4 @@ def _read(path: str) -> Any:
     except OSError as error:
         raise UserError(FIELD, path, reason=f"cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise UserError(FIELD, path, reason=f"is no JSON file ({message_of(error)})") from None
+        raise UserError(FIELD, path, reason=f"is not valid JSON ({message_of(error)})") from None

@@ -1,4 +1,4 @@
-"""Attention at a budget: the largest rule or system whose cache is no more than a share of a dense one."""
+"""Attention at a cache budget: the largest K or system size whose cache fits a share of a dense cache."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lrsa_lit.systems.system import Head
 
 
 def head_of(config: Any, itemsize: int) -> Head:
-    """The key-value heads of a model.
+    """The sizes of a model's key-value heads.
 
     Args:
-        config: the model's, of its text.
-        itemsize: bytes of a number in its cache.
+        config: the config of the text model.
+        itemsize: bytes per number in the cache.
     """
     heads = config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -29,24 +29,25 @@ def head_of(config: Any, itemsize: int) -> Head:
 
 
 def at_budget(config: LRSAConfig, share: float, tokens: int, layers: int, head: Head) -> LRSAConfig:
-    """The attention with the largest K, or size of its system, whose cache does not exceed a share of a dense one.
+    """The config with the largest K, or the largest size of its system, whose cache fits a share of a dense cache.
 
-    The cache is that at the end of a prompt of so many tokens, averaged over layers and heads: sinks, windows, dense
-    layers and queries that wait are in it. S, L and the dense layers stay as they are.
+    The cache is measured at the end of a prompt of ``tokens``, averaged over layers and heads. It includes sinks,
+    windows, dense layers and stored queries. S, L and the dense layers do not change.
 
     Raises:
-        UserError: the share is less than what always stays, more than 1 or none, or the system has no size.
+        UserError: the share is not in (0, 1], is smaller than what is always kept, is used with ``head_top_k``, or the
+            system has no size.
     """
     if not (is_weight(share) and 0 < share <= 1):
         raise UserError("budget", share, "above 0 and at most 1")
     system, dense = config.system, len(config.dense_layers)
     if config.head_top_k is not None:
-        raise UserError("budget", share, reason="is not allowed beside head_top_k, whose heads have budgets")
+        raise UserError("budget", share, reason="is not allowed with head_top_k, which already sets budgets")
     if system is not None and not system.budget_field:
         raise UserError("budget", share, reason=f"is not allowed; {type(system).__name__} has no size to set")
     if dense >= layers:
         return config
-    # A share such as .1 of 20 layers is a little more or less than 2.
+    # Tolerance for rounding: 0.1 of 20 layers may come out slightly above or below 2.
     in_dense = dense * tokens * _dense_bytes(config, head)
     allowed = (share * tokens * layers * head.pair - in_dense) / (layers - dense) + 1e-6
     found = _rule_at_most(config, allowed, tokens, head) if system is None else system.at_most(allowed, tokens, head)
@@ -56,10 +57,10 @@ def at_budget(config: LRSAConfig, share: float, tokens: int, layers: int, head: 
 
 
 def cache_share(config: LRSAConfig, tokens: int, layers: int, head: Head) -> float:
-    """The bytes at the end of a prompt of so many tokens as a share of a dense cache's, mean of layers and heads."""
+    """Cache bytes at the end of a prompt of ``tokens`` as a share of a dense cache, mean over layers and heads."""
     system, rule, dense = config.system, config.rule, len(config.dense_layers)
     if config.head_top_k is not None:
-        # Bytes are linear in K, and as many as a dense cache has at K = L.
+        # Bytes are linear in K, and K = L gives the bytes of a dense cache.
         none, one = (_bytes(config, top_k, tokens, head) for top_k in (0, 1))
         return (none + float(mean_top_k(config, layers)) * (one - none)) / (tokens * head.pair)
     held = _bytes(config, rule.top_k, tokens, head) if system is None else system.held_bytes(tokens, head)
@@ -67,23 +68,23 @@ def cache_share(config: LRSAConfig, tokens: int, layers: int, head: Head) -> flo
 
 
 def _bytes(config: LRSAConfig, top_k: int, tokens: int, head: Head) -> float:
-    """What a head holds of so many tokens in a layer that is not dense."""
+    """Bytes that a head with this K holds after ``tokens``, in a layer that is not dense."""
     rule = config.rule.replace(top_k=top_k)
     queries = dataclasses.replace(head, dim=head.dim + rule.compressor.has_bias * CHANNELS).queries
     return stored_size(tokens, rule) * _stored_bytes(config, head) + stored_queries(tokens, rule) * queries
 
 
 def _dense_bytes(config: LRSAConfig, head: Head) -> float:
-    """What a head holds of a token in a dense layer."""
+    """Bytes per token and head in a dense layer."""
     if not config.latents:
         return head.pair
     if head.latent is None:
-        raise UserError("latents", reason="are not there: the model's keys and values are not made from any")
+        raise UserError("latents", reason="do not exist: the model does not make keys and values from latents")
     return head.latent
 
 
 def _stored_bytes(config: LRSAConfig, head: Head) -> float:
-    """What a head holds of a token that a rule keeps."""
+    """Bytes per kept token and head in a layer with a rule."""
     if config.latents:
         return _dense_bytes(config, head)
     compressor = config.compressor
@@ -92,23 +93,23 @@ def _stored_bytes(config: LRSAConfig, head: Head) -> float:
 
 
 def _rule_at_most(config: LRSAConfig, allowed: float, tokens: int, head: Head) -> int | None:
-    """The largest K with which no more is held; None if no K does."""
+    """The largest K whose cache holds at most ``allowed`` bytes; None if there is none."""
     choices = range(config.lag_size + 1)
     count = bisect.bisect_right(choices, allowed, key=lambda top_k: _bytes(config, top_k, tokens, head))
     return choices[count - 1] if count else None
 
 
 def _below_floor(config: LRSAConfig, share: float, tokens: int, layers: int, head: Head) -> UserError:
-    """What always stays, in the words of a setting."""
+    """The error that names the smallest possible share."""
     system, dense = config.system, len(config.dense_layers)
     if system is None:
         least = _bytes(config, 0, tokens, head) / head.pair
         raw = least * head.pair / _stored_bytes(config, head) - config.sink_size
-        window, sinks = f"{raw:.0f} of the window", f"{config.sink_size} sinks"
-        what = f"{sinks} and {window} stay"
+        window, sinks = f"{raw:.0f} window tokens", f"{config.sink_size} sinks"
+        what = f"{sinks} and {window} are always kept"
     else:
         least = system.sized(system.floor(tokens)).held_bytes(tokens, head) / head.pair
-        what = f"{least:g} pairs stay, sinks and windows among them"
+        what = f"{least:g} pairs are always kept, including sinks and windows"
     in_dense = dense * tokens * _dense_bytes(config, head) / head.pair
     lowest = math.ceil(1e4 * (least * (layers - dense) + in_dense) / (layers * tokens) - 1e-6) / 1e4
     of = f"at {tokens} tokens, where {what}" + (f", and all of {dense} dense layers" if dense else "")

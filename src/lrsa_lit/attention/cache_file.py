@@ -1,4 +1,4 @@
-"""A cache in a file that is read whole or refused: safetensors, with a digest of all that is in it."""
+"""Cache files: safetensors with a digest of the whole content. A damaged file is refused."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from lrsa_lit.io import write_atomically
 from lrsa_lit.ops.sparse_attention import Held
 
 FORMAT = "lrsa-cache-1"
-"""What the header says a file is, its version at the end."""
+"""The format name in the header; it ends with the version."""
 _DIGEST = "sha256"
 
 
 class Saved(NamedTuple):
-    """What a file holds, found to be whole.
+    """The verified content of a file.
 
     Attributes:
-        path: where it was read.
-        header: ``model`` and ``rule`` that it was made with, ``tokens``, the digest of those taken in, and ``notes``.
-        tensors: by name, on the CPU.
+        path: the file.
+        header: the digest of the ``model``, the ``rule``, the digest of the ``tokens`` that the rows have seen,
+            ``notes``, and the structure (``pasts``) of the tensors.
+        tensors: tensors by name, on the CPU.
     """
 
     path: Path
@@ -35,12 +36,12 @@ class Saved(NamedTuple):
     tensors: dict[str, Tensor]
 
     def check_tokens(self, rows: Iterable[Sequence[int]]) -> None:
-        """Raise a UserError unless these are the tokens that each row has taken in."""
+        """Raise a UserError unless these are the tokens that each row has seen."""
         if token_digest(rows) != self.header["tokens"]:
-            raise refused(self.path, "was made of another text, or with another tokenizer or chat template")
+            raise refused(self.path, "was made from another text, or with another tokenizer or chat template")
 
     def pasts(self, device: torch.device) -> list[Past]:
-        """What each layer holds."""
+        """The content of each layer, on ``device``."""
         held = {name: tensor.to(device) for name, tensor in self.tensors.items()}
         pasts = []
         for layer, (rows, columns, token_bytes, seen, streams) in enumerate(self.header["pasts"]):
@@ -58,15 +59,15 @@ def token_digest(rows: Iterable[Sequence[int]]) -> str:
 
 
 def write(path: Path, header: Mapping[str, Any], tokens: Sequence[Sequence[int]], pasts: Sequence[Past]) -> None:
-    """Write a file, which appears under its name only when it is whole.
+    """Write a file. It appears under its name only when it is complete.
 
     Raises:
-        OSError: the disk is full, for example.
+        OSError: the file cannot be written, for example because the disk is full.
     """
     from safetensors.torch import save
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _named(pasts)}
-    # Of each part, how many tensors of a kind it holds.
+    # For each part, the number of its tensors of each kind.
     numbers = [
         (*past[:4], [[{kind: len(each) for kind, each in part.items()} for part in parts] for parts in past.held])
         for past in pasts
@@ -78,36 +79,36 @@ def write(path: Path, header: Mapping[str, Any], tokens: Sequence[Sequence[int]]
 
 
 def read(path: Path) -> Saved:
-    """All of a file that :func:`write` has written.
+    """Read and verify a file that :func:`write` wrote.
 
     Raises:
-        UserError: it cannot be read, is no such file, of another version, cut off or altered.
+        UserError: the file cannot be read, is not a saved cache, has another format version, or is damaged.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
             told = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (OSError, SafetensorError) as error:
         reason = f"cannot be read as a saved cache ({message_of(error)[:120]})"
         raise UserError("cache", str(path), reason=reason) from None
     digest = told.pop(_DIGEST, None)
     if (found := told.get("format")) != json.dumps(FORMAT):
-        what = f"has the format {found[:40]}" if found else "is no saved cache"
+        what = f"has the format {found[:40]}" if found else "is not a saved cache"
         raise UserError("cache", str(path), reason=f"{what}; only {FORMAT!r} is allowed")
     if digest != _digest(told, tensors):
-        raise refused(path, "is altered or damaged (its digest is another)")
+        raise refused(path, "is altered or damaged (its digest does not match)")
     return Saved(path, {name: json.loads(value) for name, value in told.items()}, tensors)
 
 
 def refused(path: Path, reason: str) -> UserError:
-    """The error of a file that is not taken."""
-    return UserError("cache", str(path), reason=reason, hint="remove it, or name another, to make it again")
+    """The error for a file that cannot be used."""
+    return UserError("cache", str(path), reason=reason, hint="remove it or choose another path to make a new one")
 
 
 def _named(pasts: Sequence[Past]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of all layers, each by its place."""
+    """The tensors of all layers with their names."""
     for layer, past in enumerate(pasts):
         for stream, parts in enumerate(past.held):
             for part, held in enumerate(parts):

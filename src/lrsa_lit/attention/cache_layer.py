@@ -25,14 +25,14 @@ from lrsa_lit.ops.sparse_attention import (
 
 
 class Past(NamedTuple):
-    """What a layer holds between two calls.
+    """The content of a layer between two calls.
 
     Attributes:
-        rows: of the batch.
-        columns: seen, pads included.
-        token_bytes: of a token in a dense cache.
-        seen: tokens of the stream that all rows share, or of each row's.
-        held: of each stream what each of its parts holds.
+        rows: rows of the batch.
+        columns: columns seen, including pads.
+        token_bytes: bytes of a token in a dense cache.
+        seen: tokens that each stream has seen: one stream for all rows, or one per row.
+        held: for each stream, the content of each of its parts.
     """
 
     rows: int
@@ -43,14 +43,14 @@ class Past(NamedTuple):
 
 
 class LRSACacheLayer(CacheLayerMixin):
-    """One layer: a stream for all rows while they are equally long, else a stream per row.
+    """One layer: a single stream while all rows have the same length, else one stream per row.
 
-    In each call the layer first hands over its tokens (:meth:`update`) and then attends to them (:meth:`attend`), each
-    once; with stock attention, which attends by itself, the first alone. Anything else is refused.
+    In each call, the attention must call :meth:`update` once with its new tokens and then :meth:`attend` once. Stock
+    attention attends by itself and calls :meth:`update` only. Any other order is refused.
 
     Args:
-        rule: of the layer, or the rules of its heads; None where it is dense or obeys a system.
-        new_stream: makes an empty stream of the layer.
+        rule: the rule of the layer, or the rules of its heads; None if it is dense or has a system.
+        new_stream: makes an empty stream for the layer.
     """
 
     is_sliding = False
@@ -64,14 +64,14 @@ class LRSACacheLayer(CacheLayerMixin):
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Remove all tokens."""
         self.keys = self.values = None
         self.is_initialized = False
         self.stock = False
-        # One that all rows share, or one for each row; none before the first call.
+        # One stream for all rows, or one per row; none before the first call.
         self.streams: list[Stream] = []
         self.rows = 0
-        # Calls then attend to the past, and are not taken in: see LRSACache.probing.
+        # If true, calls attend to the past but are not stored: see LRSACache.probing.
         self.probing = False
         self._columns = self._token_bytes = 0
         self._step: Literal["idle", "begun", "given", "storing"] = "idle"
@@ -79,7 +79,7 @@ class LRSACacheLayer(CacheLayerMixin):
         self._spans: tuple[tuple[int, int], ...] | None = None
 
     def begin(self, layout: Layout | None, batch: int, impl: Impl) -> None:
-        """Prepare for new columns of ``batch`` rows, of which the layout says which are real."""
+        """Prepare for new columns of ``batch`` rows; the layout says which columns are real."""
         if not self._columns:
             self.rows = batch
             self.streams = [self._new_stream(impl)]
@@ -88,23 +88,26 @@ class LRSACacheLayer(CacheLayerMixin):
         self._step, self.stock = "begun", layout is None
         self._spans = None if layout is None else layout.row_spans
         if self.stock and len(self.streams) > 1:
-            raise UserError("cache", reason="its rows are of unequal lengths, which stock attention cannot continue")
+            raise UserError("cache", reason="its rows have unequal lengths, which stock attention cannot continue")
         if self._spans is not None and len(set(self._spans)) > 1:
             self.split()
 
     def split(self) -> None:
-        """Give each row a stream for itself."""
+        """Give each row its own stream."""
         if self.streams and len(self.streams) < self.rows:
             (shared,) = self.streams
             self.streams = [shared.rows(torch.tensor([row])) for row in range(self.rows)]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take in new keys and values (B, H, N, D).
+        """Receive new keys and values (B, H, N, D).
 
-        Returns them, for :meth:`attend` to store; with stock attention all that are stored now (B, H, stored, D).
+        Returns:
+            The same tensors, which :meth:`attend` then stores. With stock attention, all pairs that are now stored,
+            (B, H, stored, D).
 
         Raises:
-            UserError: no call was begun, the layer stores twice in one, or the heads are not those that are stored.
+            UserError: no call was begun, the layer stores twice in one call, or the heads have another shape than the
+                stored ones.
         """
         if self._step != "begun":
             raise UserError(
@@ -120,7 +123,7 @@ class LRSACacheLayer(CacheLayerMixin):
             held, new = (f"{heads} heads of {channels} channels" for heads, channels in shapes)
             raise UserError("cache", reason=f"it holds {held} of another model and cannot continue {new}")
         self.is_initialized = True
-        # A dense cache would hold so much of each token.
+        # The bytes of each token in a dense cache.
         self._token_bytes = sum(states[0, :, 0].nbytes for states in (key_states, value_states))
         if not self.stock:
             self._step, self._given = "given", (key_states.shape[:3], value_states.shape[:3])
@@ -131,19 +134,19 @@ class LRSACacheLayer(CacheLayerMixin):
         return pair
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Attention of new tokens, whose keys and values :meth:`update` was given; outputs of pads are 0.
+        """Attention of the new tokens that :meth:`update` received; outputs of pads are 0.
 
-        Queries and output are (B, Hq, N, D), keys and values (B, H, N, D). Keys may have got scores since, and both
-        latents.
+        Queries and output are (B, Hq, N, D), keys and values (B, H, N, D). Since :meth:`update`, keys may have gained
+        channels with scores, and both may have gained channels with latents.
 
         Raises:
-            UserError: the layer did not hand these tokens to :meth:`update`, or attends to them again.
+            UserError: these tokens were not passed to :meth:`update`, or the layer attends to them twice.
         """
         if self._step != "given" or self._given != (key.shape[:3], value.shape[:3]):
             raise UserError(
                 "cache",
                 reason="a layer must attend once to what it stored; this model's attend more often, to other keys, "
-                "or without having stored (as in training with gradient checkpointing); run it without an LRSACache",
+                "or without storing first (as in training with gradient checkpointing); run it without an LRSACache",
             )
         self._step = "storing"
         output = self._attend(query, key, value, scale)
@@ -172,39 +175,39 @@ class LRSACacheLayer(CacheLayerMixin):
 
     @property
     def _stock_stream(self) -> KeyValueStream:
-        """What stock attention, which knows rules alone, is served from."""
+        """The stream that serves stock attention, which supports rules only."""
         (stream,) = self.streams
         assert isinstance(stream, KeyValueStream)
         return stream
 
     @property
     def is_done(self) -> bool:
-        """Whether the layer has taken in the call's tokens."""
+        """Whether the layer has stored the call's tokens."""
         return self._step == "idle"
 
     @property
     def progress(self) -> tuple[int, ...] | None:
-        """Columns and tokens seen, the same in all layers between two calls; None if an exception cut storing short."""
+        """Columns and tokens seen, equal in all layers between two calls; None if an exception interrupted storing."""
         if self._step == "storing":
             return None
         return (self._columns, *(stream.seen for stream in self.streams)) if self._columns else (0,)
 
     def count(self, columns: int) -> None:
-        """Take note of columns that are in the streams now."""
+        """Count columns that the streams have stored."""
         self._columns += columns
         self._step = "idle"
 
     def stored_tokens(self) -> float:
-        """Tokens stored per head, summed over the rows; their mean where heads store differently many."""
+        """Tokens stored per head, summed over the rows; the mean if heads differ."""
         return sum(map(_stored_tokens, self.streams))
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are held of all rows."""
+        """Bytes held for all rows."""
         return sum(stream.nbytes for stream in self.streams)
 
     def measured(self, row: int) -> Measured:
-        """What the past of a row takes."""
+        """The cost of a row's past."""
         shared = len(self.streams) == 1
         stream, rows = self.streams[0 if shared else row], self.rows if shared else 1
         held, peak = stream.nbytes / rows, stream.peak_nbytes / rows
@@ -214,35 +217,35 @@ class LRSACacheLayer(CacheLayerMixin):
         return Measured(held, peak, read, dense, stream.attended_pairs, pairs, stored, stream.seen, stream.seen)
 
     def probing_nbytes(self, row: int) -> float:
-        """The most bytes that probes of a row had beside what is held."""
+        """The most bytes that probes of a row allocated in addition to the stored ones."""
         shared = len(self.streams) == 1
         return self.streams[0 if shared else row].probing_nbytes / (self.rows if shared else 1)
 
     def get_seq_length(self) -> int:
-        """Columns seen so far, dropped ones and pads included: what true positions are counted from."""
+        """Columns seen so far, including dropped ones and pads. Transformers counts positions from this number."""
         return self._columns
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys that the coming call attends to, and the position of the first if they stood without gaps.
+        """The number of keys that the next call attends to, and the position of the first if they had no gaps.
 
-        With LRSA attention all columns seen: the layout, not a mask, tells what is visible.
+        With LRSA attention, all columns seen: visibility comes from the layout and not from a mask.
         """
         if not self.stock or self._step != "begun":
             return self._columns + query_length, 0
         stream = self._stock_stream
         if stream.crosses(query_length):
-            reason = f"{query_length} tokens behind {self._columns} cross a compression, which stock attention cannot"
-            raise UserError("input_ids", reason=reason, hint="feed them with lrsa_lit.attention.prefill first")
-        # The last of the new tokens sees what is stored once it is in.
+            reason = f"{query_length} tokens after {self._columns} cross a compression, which stock attention cannot"
+            raise UserError("input_ids", reason=reason, hint="pass them to lrsa_lit.attention.prefill first")
+        # The last new token sees everything that is stored after the call.
         stored = stored_size(self._columns + query_length, stream.rule)
         return stored, self._columns + query_length - stored
 
     def get_max_length(self) -> int:
-        """No maximum."""
+        """-1: there is no maximum."""
         return -1
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to allocate ahead."""
+        """Does nothing: no memory is allocated in advance."""
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices``, in that order."""
@@ -259,7 +262,7 @@ class LRSACacheLayer(CacheLayerMixin):
 
     @property
     def past(self) -> Past:
-        """What is held between two calls, as views; of a rule or a dense layer, as systems hold more."""
+        """The content between two calls, as views. Only for rules and dense layers; systems hold more."""
         held = []
         for stream in self.streams:
             parts = stream.parts
@@ -268,7 +271,7 @@ class LRSACacheLayer(CacheLayerMixin):
         return Past(self.rows, self._columns, self._token_bytes, [stream.seen for stream in self.streams], held)
 
     def restore(self, past: Past, impl: Impl) -> None:
-        """Go on, empty so far, from copies of the :attr:`past` of a layer of the same rule."""
+        """Continue from copies of the :attr:`past` of a layer with the same rule. This layer must be empty."""
         self.streams = []
         for seen, parts in zip(past.seen, past.held, strict=True):
             stream = self._new_stream(impl)
@@ -280,7 +283,7 @@ class LRSACacheLayer(CacheLayerMixin):
         self.rows, self._columns, self._token_bytes, self.is_initialized = *past[:3], True
 
     def append_rows(self, other: LRSACacheLayer) -> None:
-        """Go on with the rows of a layer of another cache too, each with a stream for itself, and leave none there."""
+        """Append the rows of another cache's layer, which becomes empty. Afterwards each row has its own stream."""
         for layer in (self, other):
             layer.split()
         self.streams += other.streams
@@ -290,14 +293,14 @@ class LRSACacheLayer(CacheLayerMixin):
         other.reset()
 
     def replace_row(self, row: int, other: LRSACacheLayer) -> None:
-        """Go on with the one row of another cache in the place of a row."""
+        """Replace a row by the only row of another cache's layer, which becomes empty."""
         self.split()
         (self.streams[row],) = other.streams
         self._columns = max(self._columns, other._columns)
         other.reset()
 
     def drop_row(self, row: int) -> None:
-        """Forget a row; the others keep their memory."""
+        """Remove a row. Rows that already have their own streams keep their memory."""
         self.split()
         del self.streams[row]
         self.rows -= 1
@@ -310,6 +313,6 @@ class LRSACacheLayer(CacheLayerMixin):
 
 
 def _stored_tokens(stream: Stream) -> float:
-    """Of all rows together, mean of the heads."""
+    """Stored tokens of all rows together, mean over the heads."""
     shapes = [shape for shape in (part.stored_shape for part in stream.parts) if shape is not None]
     return sum(shape[:3].numel() for shape in shapes) / max(sum(shape[1] for shape in shapes), 1)

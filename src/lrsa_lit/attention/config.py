@@ -1,4 +1,4 @@
-"""The rule as users write it, and what it comes to for each layer of a model."""
+"""The settings of LRSA attention (:class:`LRSAConfig`), and the rule or system of each layer of a model."""
 
 from __future__ import annotations
 
@@ -34,11 +34,15 @@ from lrsa_lit.systems.system import Place, System
 
 @dataclass(frozen=True)
 class LayerRules:
-    """Which rule or system each layer of a model obeys.
+    """The rule or system of each layer of a model.
 
-    Those whose index is in ``dense`` keep ordinary causal attention. A ``system`` takes the place of the rule, and
-    ``budgets`` that of its K. The rotation of each layer's keys, and what reads keys and values from ``latents``, is
-    known where it is needed and there is a model to read it from.
+    Attributes:
+        rule: the rule of all layers that are not dense, unless there is a system.
+        dense: indices of the layers that keep ordinary causal attention.
+        rotaries: the rotation of each layer's keys; empty unless it is needed and was read from a model.
+        system: the system that replaces the rule.
+        budgets: K of each layer or head, instead of the rule's K.
+        latents: for each layer, the reader of keys and values from latents; empty unless caches hold latents.
     """
 
     rule: Rule
@@ -49,7 +53,7 @@ class LayerRules:
     latents: tuple[LatentReader | None, ...] = ()
 
     def of(self, layer: int) -> Rule | HeadRules | None:
-        """The rule of a layer, or the rules of its heads; None where it is dense or obeys the system."""
+        """The rule of a layer, or the rules of its heads; None if the layer is dense or has a system."""
         if layer in self.dense or self.system is not None:
             return None
         compressor = self.rule.compressor.for_layer(layer)
@@ -57,11 +61,11 @@ class LayerRules:
         return rule if self.budgets is None else budgets.with_budget(rule, self.budgets[layer])
 
     def system_of(self, layer: int) -> System | None:
-        """The system of a layer; None where it is dense or obeys the rule."""
+        """The system of a layer; None if the layer is dense or has a rule."""
         return None if layer in self.dense else self.system
 
     def stream(self, layer: int, impl: Impl) -> Stream:
-        """What a layer holds of the past."""
+        """An empty stream for a layer: it will hold the layer's part of the cache."""
         system = self.system_of(layer)
         if system is not None:
             return system.stream(self.place(layer), impl)
@@ -72,13 +76,18 @@ class LayerRules:
         return GroupedStream.of(rule, impl) if isinstance(rule, HeadRules) else KeyValueStream(rule, impl)
 
     def place(self, layer: int) -> Place:
-        """The layer, as a system is told of it."""
+        """The index and the rotation of a layer, for systems."""
         return Place(layer, self.rotaries[layer] if self.rotaries else None)
 
     def check(self, layers: int, heads: int | None = None) -> None:
-        """Raise a UserError if a dense layer is none of a model's ``layers``, or budgets or the system are of others.
+        """Check that the dense layers, the budgets and the system fit a model.
 
-        Without ``heads``, the key-value heads of each layer, these are not looked at.
+        Args:
+            layers: the number of the model's layers.
+            heads: the key-value heads of each layer. With None, the system and the heads of budgets are not checked.
+
+        Raises:
+            UserError: they do not fit.
         """
         if unknown := [layer for layer in self.dense if layer >= layers]:
             raise UserError("dense_layers", unknown, f"a list of some of the model's layers, 0 to {layers - 1}")
@@ -90,32 +99,32 @@ class LayerRules:
 
 @dataclass(frozen=True)
 class LRSAConfig:
-    """Lag-relative sparse attention of a model (arXiv 2506.11498, arXiv 2504.04704), as YAML and config.json have it.
+    """Settings of lag-relative sparse attention (arXiv 2506.11498, arXiv 2504.04704), in YAML and in config.json.
 
     Args:
-        sink_size: first tokens of a sequence that are never dropped (S >= 0).
-        lag_size: tokens of a lag partition (L >= 2).
-        top_k: key-value pairs kept of a partition, per KV head (0 <= K <= L). K = L drops nothing, K = 0 keeps sinks
-            and the raw window only.
-        chunk_size: tokens between two compressions (C >= 1); null means lag_size. Every C that divides L is one and
-            the same rule.
-        value_weight: weight of the value score beside the key score (w >= 0), for compressors that have one. A
-            compressor's own weight is taken over, so that one rule has one form.
-        dense_layers: indices of the layers left to ordinary causal attention.
-        compressor: what turns a partition into K pairs; the default is lag-relative selection. Also as the dict that
-            its ``to_dict`` made.
-        system: what takes the place of partitions in all layers that are not dense (``lrsa_lit.systems``), also as the
-            dict that its ``to_dict`` made; null for the rule that the other settings say.
-        head_top_k: K of each layer, or for each layer a list with K of each of its KV heads, in the place of ``top_k``,
-            which null stands for in them: K = L is a dense layer or head, K = 0 one of sinks and raw window alone. Or
-            the path of a JSON file with such a list. Or ``{ranking: FILE, budget: 0.25, tokens: 4096}``: of the heads
-            or layers in a file of gates or of an ablation, as many of the best are dense as this share of a dense
-            cache allows at the end of so many tokens, beside ``top_k`` in all others.
-        latents: let caches hold the latents of kept tokens in the place of their keys and values, in the layers that
-            make these from latents (``model.backbone.low_rank``). It changes what is held, not what is attended to.
+        sink_size: the first tokens of a sequence, which are never dropped (S >= 0).
+        lag_size: tokens in a partition (L >= 2).
+        top_k: key-value pairs to keep per partition and KV head (0 <= K <= L). K = L drops nothing; K = 0 keeps only
+            the sinks and the raw window.
+        chunk_size: tokens between two compressions (C >= 1); null means lag_size. All C that divide L give the same
+            result.
+        value_weight: weight of the value score relative to the key score (w >= 0), for compressors that have one. A
+            ``value_weight`` in the compressor is moved here.
+        dense_layers: indices of the layers that keep ordinary causal attention.
+        compressor: how a partition becomes K pairs; by default lag-relative selection. The dict that its ``to_dict``
+            returns is also allowed.
+        system: the KV-cache system that replaces partitions in all layers that are not dense (``lrsa_lit.systems``).
+            The dict that its ``to_dict`` returns is also allowed. null means the rule that the other settings describe.
+        head_top_k: replaces ``top_k``. Either a list with K of each layer, or for each layer a list with K of each KV
+            head, or the path of a JSON file with such a list. In it, null means ``top_k``, K = L makes a layer or head
+            dense, and K = 0 keeps only sinks and the raw window. Or ``{ranking: FILE, budget: 0.25, tokens: 4096}``:
+            the file ranks heads or layers (gates or an ablation). As many of the best are dense as this share of a
+            dense cache allows after that many tokens; all others have ``top_k``.
+        latents: let caches hold the latents of kept tokens instead of their keys and values, in the layers that make
+            keys and values from latents (``model.backbone.low_rank``). The attention stays the same.
 
     Raises:
-        UserError: a value outside its bounds, in one line.
+        UserError: a value is outside its bounds, or settings exclude each other.
     """
 
     sink_size: int = 16
@@ -126,12 +135,12 @@ class LRSAConfig:
     dense_layers: tuple[int, ...] = ()
     compressor: Compressor = field(default_factory=LagRelative)
     system: System | None = None
-    # Of no narrower type: a parser would take a list with a mistake for a path.
+    # Any, because with a narrower type a parser would take a list with a mistake for a path.
     head_top_k: Any = None
     latents: bool = False
 
     def __post_init__(self) -> None:
-        """Make the tuple and the compressor that JSON cannot write, then check each bound once."""
+        """Convert what JSON cannot express (the tuple, the compressor, the system), then check each bound once."""
         if isinstance(self.dense_layers, Iterable) and not isinstance(self.dense_layers, str):
             object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
         if not isinstance(self.compressor, Compressor):
@@ -144,42 +153,42 @@ class LRSAConfig:
         different = indices and len(set(layers)) == len(layers)
         check_setting("dense_layers", layers, different, "a list of different layer indices >= 0")
         self._take_weight()
-        # Making the rule checks the rest.
+        # The constructor of the rule checks the other values.
         assert self.rule
         if self.head_top_k is not None:
             if self.system is not None:
-                raise UserError("head_top_k", reason="is not allowed beside a system, which has no K")
+                raise UserError("head_top_k", reason="is not allowed with a system, which has no K")
             object.__setattr__(self, "head_top_k", budgets.checked(self.head_top_k, self.rule, self.dense_layers))
         check_setting("latents", self.latents, isinstance(self.latents, bool), "true or false")
         if self.latents:
             self._check_latents()
 
     def _check_latents(self) -> None:
-        """Latents are there of original tokens alone, and one reading serves all heads."""
+        """Refuse settings that latents exclude: only original tokens have latents, and all heads keep equally many."""
         compressor, reason = self.compressor, ""
         if self.system is not None:
-            reason = "is not allowed beside a system, which holds keys and values"
+            reason = "is not allowed with a system, which holds keys and values"
         elif self.head_top_k is not None:
-            reason = "is not allowed beside head_top_k, by which heads hold differently many"
+            reason = "is not allowed with head_top_k, with which heads may keep different numbers of tokens"
         elif not isinstance(compressor, Selector) or compressor.has_bias or compressor.takes_scores:
-            reason = f"is not allowed beside {type(compressor).__name__}, which keeps more or other than tokens"
+            reason = f"is not allowed with {type(compressor).__name__}, which does not keep plain tokens"
         if reason:
             raise UserError("latents", reason=reason, hint="set latents: false")
 
     def _take_weight(self) -> None:
-        """Let the weight stand here and not in the compressor: files that name digests have always had it here."""
-        # 1 and 1.0 are one rule, so they must give one digest.
+        """Move the weight from the compressor to this config. Recorded digests expect it here."""
+        # 1 and 1.0 mean the same rule and must give the same digest.
         weight = float(self.value_weight)
         if isinstance(self.compressor, ValueWeighted) and self.compressor.value_weight != 1:
             own = float(self.compressor.value_weight)
-            check_setting("value_weight", weight, weight in (1, own), f"{own}, as the compressor has it, or left out")
+            check_setting("value_weight", weight, weight in (1, own), f"{own}, the compressor's own, or left out")
             weight = own
             object.__setattr__(self, "compressor", dataclasses.replace(self.compressor, value_weight=1.0))
         object.__setattr__(self, "value_weight", weight)
 
     @functools.cached_property
     def rule(self) -> Rule:
-        """What the operator is told."""
+        """The rule for the operator."""
         compressor = self.compressor
         if isinstance(compressor, ValueWeighted):
             compressor = dataclasses.replace(compressor, value_weight=self.value_weight)
@@ -187,26 +196,26 @@ class LRSAConfig:
 
     @property
     def needs_rotary(self) -> bool:
-        """Whether the rotation of keys must be known."""
+        """Whether the compressor or the system needs the rotation of keys."""
         return self.compressor.needs_rotary if self.system is None else self.system.needs_rotary
 
     @property
     def layers(self) -> LayerRules:
-        """What a model is told."""
+        """The rules of a model's layers, without rotations and readers of latents."""
         return LayerRules(self.rule, self.dense_layers, system=self.system, budgets=self.head_top_k)
 
     def replace(self, **changes: Any) -> LRSAConfig:
-        """A copy with other values; unknown names raise a UserError. Another K is one for all heads."""
+        """A copy with other values; unknown names raise a UserError. A new ``top_k`` removes ``head_top_k``."""
         return replaced(self, {"head_top_k": None} | changes if "top_k" in changes else changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON and YAML can hold; :meth:`from_dict` is the way back."""
+        """Plain values for JSON and YAML; :meth:`from_dict` reads them."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         compressor = self.compressor.to_dict()
         if isinstance(self.compressor, ValueWeighted):
             del compressor["init_args"]["value_weight"]
         values |= {"dense_layers": list(self.dense_layers), "compressor": compressor}
-        # Digests that files name are older than systems, budgets and latents.
+        # Recorded digests are older than system, head_top_k and latents: these are left out if they are not set.
         system, of_heads = values.pop("system"), values.pop("head_top_k")
         if not self.latents:
             del values["latents"]
@@ -218,7 +227,7 @@ class LRSAConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LRSAConfig:
-        """The config that :meth:`to_dict` wrote; a UserError names a setting or compressor that is not known."""
+        """The config that :meth:`to_dict` wrote; an unknown setting or compressor raises a UserError with its name."""
         if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
             raise UserError("values", values, "a dict of settings")
         return cls().replace(**values)

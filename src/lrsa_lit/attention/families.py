@@ -1,4 +1,4 @@
-"""Which models can carry the rule: those whose every layer is plain causal attention of transformers' interface."""
+"""Supported models: every layer must be plain causal attention that goes through transformers' interface."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from lrsa_lit.errors import UserError
 
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The attention of each layer, in order; a UserError if one is not plain causal or bypasses the interface."""
+    """The attention module of each layer, in order.
+
+    Raises:
+        UserError: a layer is not plain causal, or bypasses transformers' attention interface.
+    """
     name = type(model).__name__
     config = model.config.get_text_config()
     modules = sorted(
@@ -30,7 +34,7 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def check_config(config: Any) -> None:
-    """Refuse a model that cannot carry the rule by its text model's config alone, before its weights are read."""
+    """Refuse an unsupported model by the config of its text model alone, before its weights are read."""
     _refuse((_of(config, "architectures") or [config.model_type])[0], config, [])
 
 
@@ -40,7 +44,7 @@ def _refuse(name: str, config: Any, modules: list[nn.Module]) -> None:
 
 
 def _obstacles(config: Any, modules: list[nn.Module]) -> Iterator[str]:
-    """What the model does that the rule does not define."""
+    """Features of the model for which the rule is not defined."""
     crossing = ("is_encoder_decoder", "add_cross_attention", "cross_attention_layers")
     if any(_of(config, name) for name in crossing):
         yield "attends from one text to another (cross-attention)"

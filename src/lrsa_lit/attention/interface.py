@@ -1,4 +1,4 @@
-"""LRSA as an attention of Hugging Face models: register it, attach the rule, check that every layer obeys it."""
+"""LRSA as an attention of Hugging Face models: register it, attach the rule, check that every layer uses it."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ from lrsa_lit.ops.sparse_attention import (
 )
 
 NAME = "lrsa"
-"""Under this name the attention is registered with transformers."""
+"""The name under which the attention is registered with transformers."""
 
 LAYOUT, CACHE = "lrsa_layout", "lrsa_cache"
 """Keywords that carry each forward's layout and compressed cache down to the attention of every layer."""
 
 _UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices")
-"""Keywords by which a layer asks for another attention than plain causal."""
+"""Keywords of attention variants other than plain causal attention."""
 
 _log = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
@@ -65,27 +65,27 @@ Model = TypeVar("Model", bound=nn.Module)
 def enable(model: Model, config: LRSAConfig | None = None, *, impl: Impl = "auto") -> Model:
     """Give a causal language model lag-relative sparse attention, in place.
 
-    Right padding, left padding and packing (positions that restart, or ``cu_seq_lens_q``) give each token what its
-    sequence gets alone. The rule is written to ``model.config.lrsa``, and so into the saved ``config.json``. A second
-    call replaces the rule.
+    With right padding, left padding and packing (positions that restart, or ``cu_seq_lens_q``), each sequence gets the
+    outputs that it gets alone. The rule is written to ``model.config.lrsa``, and so into the saved ``config.json``. A
+    second call replaces the rule.
 
     Args:
-        model: a model whose attention goes through transformers' ``AttentionInterface``; it is returned.
-        config: the rule; ``dense_layers`` keep ordinary causal attention (sdpa). None takes ``model.config.lrsa``.
-        impl: implementation of the operator.
+        model: a model whose attention goes through transformers' ``AttentionInterface``. The same model is returned.
+        config: the rule; its ``dense_layers`` keep ordinary causal attention (sdpa). None means ``model.config.lrsa``.
+        impl: the implementation of the operator.
 
     Raises:
-        UserError: there is no rule, the model has no such dense layer, bypasses the interface, or has another
-            attention than plain causal (encoders, sliding windows, MLA, …). What only shows when it runs is raised by
-            the first forward.
+        UserError: there is no rule, the rule does not fit the model's layers or heads, or the model bypasses the
+            interface or has another attention than plain causal (encoders, sliding windows, MLA, …). Problems that
+            only show when the model runs are raised by the first forward.
     """
     inner = base_of(model)
     config = given_or_stored(config, inner)
     modules = attention_modules(inner)
     layers = layers_of(inner, config)
     disable(inner)
-    # Without a mask function of that name transformers makes no mask, for which there is the layout. With one it would
-    # look for packed sequences in the positions, and wait for the GPU.
+    # No mask function is registered under this name, so transformers makes no mask; the layout replaces it. With a mask
+    # function, transformers would look for packed sequences in the positions and wait for the GPU.
     AttentionInterface.register(NAME, _attention)
     trained_with = getattr(inner.config, "lrsa", None)
     warn_if_trained_otherwise(inner, config)
@@ -110,14 +110,14 @@ def enable(model: Model, config: LRSAConfig | None = None, *, impl: Impl = "auto
 
 
 def _tensor_of(rule: Rule | HeadRules | None) -> Tensor | None:
-    """What a compiled layer takes in the place of a rule; None where it is dense, or must stop for the rule."""
+    """The rule as a tensor for compiled layers; None if the layer is dense or the rule needs a graph break."""
     if rule is None:
         return None
     return tensor_of_heads(rule) if isinstance(rule, HeadRules) else tensor_of_rule(rule)
 
 
 def disable(model: PreTrainedModel) -> None:
-    """Put the model's own attention back; does nothing to a model that was not enabled."""
+    """Restore the model's own attention. Does nothing if LRSA is not enabled."""
     model = base_of(model)
     state = enabled_state(model)
     if state is None:
@@ -135,14 +135,14 @@ def disable(model: PreTrainedModel) -> None:
 
 
 def enabled_config(model: PreTrainedModel) -> LRSAConfig | None:
-    """The rule that the model runs under now, or None."""
+    """The model's current rule, or None."""
     state = enabled_state(model)
     return None if state is None else state.config
 
 
 @contextlib.contextmanager
 def using(model: PreTrainedModel, config: LRSAConfig | None, *, impl: Impl = "auto") -> Iterator[None]:
-    """Run a block under another rule (None: dense) and restore the model's own one, whatever happens."""
+    """Run a block with another rule (None: the model's own attention) and always restore the previous state."""
     before = enabled_state(model)
     if (None if before is None else (before.config, before.impl)) == (None if config is None else (config, impl)):
         yield
@@ -156,9 +156,9 @@ def using(model: PreTrainedModel, config: LRSAConfig | None, *, impl: Impl = "au
 
 @contextlib.contextmanager
 def dense_pass(model: PreTrainedModel) -> Iterator[None]:
-    """Run a block with every layer dense, in less time than ``using(model, None)`` takes: nothing is attached anew.
+    """Run a block with every layer dense. This is faster than ``using(model, None)``, which attaches the rule again.
 
-    The block must not switch the rule. A model that LRSA is not enabled on is dense already.
+    The block must not switch the rule. Nothing happens if LRSA is not enabled.
     """
     state = enabled_state(base_of(model))
     attached: list[AttachedRule] = [] if state is None else [getattr(module, RULE) for module in state.modules]
@@ -174,18 +174,18 @@ def dense_pass(model: PreTrainedModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def observing(model: PreTrainedModel, observe: Observe) -> Iterator[None]:
-    """Show queries, keys and values of every layer, as the attention sees them, to ``observe`` while a block runs.
+    """Call ``observe`` with the queries, keys and values of every layer while a block runs.
 
-    Compiled layers stop for the observer.
+    In compiled layers, the observer breaks the graph.
 
     Args:
-        model: a model that LRSA is enabled on.
-        observe: called once a layer and forward with the layer's rule, the call's layout, query (B, Hq, T, D), key and
-            value (B, H, T, D); again where gradient checkpointing runs a layer again.
+        model: a model with LRSA enabled.
+        observe: called once per layer and forward with the layer's rule, the call's layout, query (B, Hq, T, D), key
+            and value (B, H, T, D). It is called again if gradient checkpointing runs a layer again.
 
     Raises:
-        UserError: LRSA is not enabled, the block switched the rule, or a forward in it continued an LRSACache, which no
-            longer holds all keys.
+        UserError: LRSA is not enabled, the block switched the rule, or a forward in it used an LRSACache, which does
+            not hold all keys.
     """
     inner = base_of(model)
     state = enabled_state(inner)
@@ -203,14 +203,14 @@ def observing(model: PreTrainedModel, observe: Observe) -> Iterator[None]:
 def _prepare(
     state: Enabled, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Before the decoder runs: read padding and packing once, and hand the layout down to every layer."""
+    """Before the decoder runs, read padding and packing once and pass the layout to every layer."""
     implementation = state.modules[0].config._attn_implementation  # type: ignore[union-attr]
     if implementation != NAME:
         hint = "call lrsa_lit.attention.disable for the model's own attention, or enable again"
         reason = f"its attention was set to {implementation!r} while LRSA is enabled"
         raise UserError("model", reason=reason, hint=hint)
     if LAYOUT in kwargs:
-        # Until the family is known, the layers tell calls apart by their layouts.
+        # Until the first forward has been checked, layers tell calls apart by the identity of the layout.
         return None if state.checked else (args, {**kwargs, LAYOUT: dataclasses.replace(kwargs[LAYOUT])})
     given = arguments_by_name(decoder, args, kwargs)
     tokens = tokens_of_call(given)
@@ -221,7 +221,7 @@ def _prepare(
     compressed = compressed_cache(cache, state.config, len(state.modules))
     system = state.config.system
     if cache is not None and compressed is None and system is not None and not system.trains:
-        reason = f"{type(system).__name__} answers from an LRSACache alone: pass LRSACache.of(model)"
+        reason = f"{type(system).__name__} works only with an LRSACache: pass LRSACache.of(model)"
         raise UserError("past_key_values", type(cache).__name__, reason=reason)
     past = 0 if cache is None else int(cache.get_seq_length())
     mask, positions = given.get("attention_mask"), given.get("position_ids")
@@ -235,7 +235,7 @@ def _prepare(
         return (), {**given, LAYOUT: read_layout(mask, positions, (batch, length), past), CACHE: None}
     if mask is None and positions is None:
         given["position_ids"] = compressed.positions_past_pads(length, tokens.device)
-    # The cache took in the earlier columns under their own masks; only the new ones are handed over.
+    # The cache took the earlier columns with their own masks; only the new columns are passed.
     layout = read_layout(mask if of_tokens is None else of_tokens[:, past:], positions, (batch, length), 0)
     compressed.begin(layout, batch, state.impl)
     return (), {**given, LAYOUT: layout, CACHE: compressed}
@@ -244,13 +244,13 @@ def _prepare(
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """The registered attention: (B, Hq, T, D) queries in, (B, T, Hq, D) out."""
+    """The registered attention: takes queries (B, Hq, T, D) and returns (B, T, Hq, D)."""
     attached: AttachedRule | None = getattr(module, RULE, None)
     layout: Layout | None = kwargs.get(LAYOUT)
     if attached is None:
         raise UserError("model", reason="its attention was set to 'lrsa'; call lrsa_lit.attention.enable instead")
     if layout is None:
-        raise UserError("model", reason="hands no keywords down to its attention layers; it is not supported")
+        raise UserError("model", reason="does not pass keywords to its attention layers; it is not supported")
     if attention_mask is not None:
         raise UserError("attention_mask", reason="4-D masks are not allowed; pass the (B, T) mask of the tokens")
     if dropout := kwargs.get("dropout"):
@@ -270,7 +270,7 @@ def _attention(
     scaling: float | None = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if torch.is_autocast_enabled(query.device.type):
-        # RoPE leaves queries and keys in float32, the projection of the values does not.
+        # RoPE leaves queries and keys in float32, but the values already have the autocast dtype.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     cache: LRSACache | None = kwargs.get(CACHE)
@@ -289,7 +289,7 @@ def _attend(
     module: nn.Module, layout: Layout, cache: LRSACache | None, query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> Tensor:
     if torch.is_autocast_enabled(query.device.type):
-        # What scores or transforms in float32 means it.
+        # Scores and transforms that use float32 on purpose must not be cast down.
         with torch.autocast(query.device.type, enabled=False):
             return _attend(module, layout, cache, query, key, value, scale)
     attached: AttachedRule = getattr(module, RULE)
@@ -315,7 +315,7 @@ def _attend(
 def _attend_shared(
     attached: AttachedRule, shared: SharedRows, query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> Tensor:
-    """:func:`_attend` where devices share the rows and each has a part of the tokens."""
+    """:func:`_attend` if devices share the rows and each holds a part of the tokens."""
     if attached.system is not None:
         raise needs_all_keys(attached.system)
     if attached.state.observe is not None:
@@ -323,14 +323,14 @@ def _attend_shared(
     return shared.attend(query, key, value, attached.rule, scale=scale, impl=attached.state.impl)
 
 
-# A compiled layer stops for it: what it asks the rule and the layout for would be reasons to compile that layer anew.
+# A graph break in compiled layers: its branches on the rule and the layout would make torch recompile the layer.
 _attend_untraced = torch.compiler.disable(_attend)
 
 
 def _attend_traced(
     module: nn.Module, layout: Layout, query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> Tensor:
-    """:func:`_attend` as a part of a compiled layer's graph, which serves all layers and their rules."""
+    """A traceable :func:`_attend` for compiled layers; one graph serves all layers and their rules."""
     attached: AttachedRule = getattr(module, RULE)
     if attached.rule_tensor is None:
         return _dense(module, query, key, value, scale=scale)
@@ -338,9 +338,9 @@ def _attend_traced(
 
 
 def _is_traceable(attached: AttachedRule, layout: Layout, query: Tensor, key: Tensor) -> bool:
-    """Whether a compiled layer need not stop: nobody looks, there are no pads, kernels run, the rule is a tensor.
+    """Whether a layer can be compiled without a graph break: no observer, no pads, Triton kernels, the rule a tensor.
 
-    Dense layers stop where sequences are packed, whose number would be the number of calls in the graph.
+    Dense layers break the graph if sequences are packed, because they call sdpa once per sequence.
     """
     if attached.state.observe is not None or layout.real is not None or layout.shared is not None:
         return False
@@ -354,9 +354,9 @@ def _is_traceable(attached: AttachedRule, layout: Layout, query: Tensor, key: Te
 def _dense(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor | None = None, scale: float
 ) -> Tensor:
-    """Ordinary causal attention by transformers' sdpa, one packed sequence at a time."""
-    # Whatever the model had: "eager" is a function of each model file, and without a mask it is no more causal than
-    # "flex_attention".
+    """Ordinary causal attention with transformers' sdpa, one packed sequence at a time."""
+    # sdpa whatever the model used before: without a mask, neither "eager" (a function of each model file) nor
+    # "flex_attention" is causal.
     own = ALL_ATTENTION_FUNCTIONS["sdpa"]
     outputs, past = [], key.shape[2] - query.shape[2]
     for start, stop in itertools.pairwise([0, query.shape[2]] if cu_seqlens is None else cu_seqlens.tolist()):
@@ -371,7 +371,7 @@ def _dense(
 def _finish(
     state: Enabled, name: str, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
-    """After the decoder ran: every layer must have called the registered attention, and used the cache once."""
+    """After the decoder ran, check that every layer called the registered attention and used the cache once."""
     cache = kwargs.get(CACHE)
     if isinstance(cache, LRSACache):
         cache.end()

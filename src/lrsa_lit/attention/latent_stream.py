@@ -1,6 +1,6 @@
-"""What a layer holds of the past where that is latents: those of the kept tokens, and where these stood.
+"""The cache of a layer that holds latents: those of the kept tokens, and their positions.
 
-Dimensions: B batch, H key-value heads, Hq query heads, N new tokens, D head_dim, G latents of a token (H, or 1 that all
+Dimensions: B batch, H key-value heads, Hq query heads, N new tokens, D head_dim, G latents per token (H, or 1 that all
 heads share), r channels of a latent, P partitions, K top_k, S sink_size, L lag_size.
 """
 
@@ -20,21 +20,21 @@ from lrsa_lit.ops.sparse_attention.geometry import compact_size
 from lrsa_lit.ops.sparse_attention.selection import partitions_of
 
 _CLOSE = 1e-2
-"""How far read keys may be from a layer's own, as a share of their size: bfloat16 rounds both."""
+"""Largest relative distance of keys made from latents to the layer's own keys: bfloat16 rounds both."""
 
 Latents = tuple[Tensor, Tensor, Tensor]
 """Latents of keys and of values (B, G, rows, r), and positions (B, G, rows, 1) int32."""
 
 
 class LatentStream(KeyValueStream):
-    """As its base class, but between calls it holds latents: sinks, kept tokens, then the raw window.
+    """A :class:`KeyValueStream` that holds latents between calls: of sinks, kept tokens, then the raw window.
 
-    Each call reads the keys of all that is held, at their own positions, and the values where something is to be
-    compressed or several tokens attend. One token alone attends to latents of values, and what it gets of them is read
-    once: the values' right factor works on the output. Selection scores the keys and values that are read, so the
-    tokens that stay are those that a cache of keys and values keeps.
+    Each call makes the keys of all held tokens from their latents, at their own positions. It makes the values only for
+    a compression or if several tokens attend. A single token attends to the latents of values, and the values' second
+    factor is applied once, to the output. Selection scores the keys and values made from latents, so it keeps the same
+    tokens as a cache of keys and values.
 
-    Keys and values come with their latents as further channels (:func:`~lrsa_lit.attention.latents.with_latents`).
+    Keys and values come with their latents as extra channels (:func:`~lrsa_lit.attention.latents.with_latents`).
     """
 
     def __init__(self, rule: Rule | None, reader: LatentReader | None, impl: Impl = "auto") -> None:
@@ -45,14 +45,14 @@ class LatentStream(KeyValueStream):
 
     @property
     def stored(self) -> Pair | None:
-        """Read from the latents."""
+        """Keys and values of all held tokens, made from the latents."""
         if self._held is None:
             return None
         return self._keys(), self._values()
 
     @property
     def stored_shape(self) -> torch.Size | None:
-        """As :class:`Stream` has it."""
+        """See :class:`Stream`."""
         if self._held is None:
             return None
         batch, _, rows, _ = self._held.filled[0].shape
@@ -60,12 +60,12 @@ class LatentStream(KeyValueStream):
 
     @property
     def buffers(self) -> list[RowBuffer[Any]]:
-        """What is held: latents, positions, and queries if the compressor asks for some."""
+        """The buffers: latents with positions, and queries if the compressor needs them."""
         return [buffer for buffer in (self._held, self._queries) if buffer is not None]
 
     @property
     def held(self) -> Held:
-        """Latents and positions in the place of pairs."""
+        """Latents and positions instead of pairs; queries if the compressor needs them."""
         named: dict[str, RowBuffer[Any] | None] = {"latents": self._held, "queries": self._queries}
         return {name: buffer.filled for name, buffer in named.items() if buffer is not None}
 
@@ -75,7 +75,7 @@ class LatentStream(KeyValueStream):
         self._restore_queries(held)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """As :class:`Stream` has it, keys and values (B, H, N, D + r)."""
+        """See :class:`Stream`; keys and values are (B, H, N, D + r)."""
         key, value = self._take(query.shape[-1], key, value)
         if query.shape[2] == 1 and not self.due:
             return self._attend_to_latents(query, scale)
@@ -89,7 +89,7 @@ class LatentStream(KeyValueStream):
             self._store = None
 
     def rows(self, indices: Tensor) -> LatentStream:
-        """As :class:`Stream` has it."""
+        """See :class:`Stream`."""
         other = LatentStream(self.rule, self.reader, self.impl)
         other.seen, other.partitions = self.seen, self.partitions
         other._held = None if self._held is None else self._held.rows(indices)
@@ -97,10 +97,10 @@ class LatentStream(KeyValueStream):
         return other
 
     def _take(self, dim: int, key: Tensor, value: Tensor) -> Pair:
-        """Hold the latents of new tokens; returns their keys and values (B, H, N, D)."""
+        """Store the latents of new tokens; returns their keys and values (B, H, N, D)."""
         reader, count = self._reader, key.shape[2]
         (key, of_key), (value, of_value) = (part.split((dim, part.shape[-1] - dim), dim=-1) for part in (key, value))
-        # Latents that all heads share came with each of them.
+        # Latents that all heads share were repeated for each head.
         latents = of_key[:, : reader.groups], of_value[:, : reader.groups]
         places = torch.arange(self.seen, self.seen + count, device=key.device, dtype=torch.int32)
         positions = places[:, None].expand(key.shape[0], reader.groups, -1, 1)
@@ -112,15 +112,15 @@ class LatentStream(KeyValueStream):
         return key, value
 
     def _check(self, key: Tensor, latent: Tensor, positions: Tensor) -> None:
-        """Refuse a layer that makes its keys in another way than they are read."""
+        """Refuse a layer whose own keys differ from the keys made from latents."""
         read = self._reader.keys(latent[:, :, :8], positions[:, :, :8, 0])
         own = key[:, :, :8]
         if bool((read - own).norm() > _CLOSE * own.norm()):
-            reason = "do not give the keys that the model has: it makes them in another way, or at other positions"
+            reason = "do not give the model's keys: the model makes keys in another way, or at other positions"
             raise UserError("latents", reason=reason, hint="set latents: false")
 
     def _attend_to_latents(self, query: Tensor, scale: float) -> Tensor:
-        """Attention (B, Hq, 1, D) of one token that is held already; values are read of what it gets."""
+        """Attention (B, Hq, 1, D) of one token that is already stored: first over latents, then to values."""
         keys, latent = self._keys(), self._filled[1]
         self._probing = max(self._probing, keys.nbytes)
         if self.rule.compressor.window:
@@ -136,7 +136,7 @@ class LatentStream(KeyValueStream):
         return read.diagonal(dim1=1, dim2=2).permute(0, 3, 1, 2).flatten(1, 2)[:, :, None]
 
     def _compact(self, key: Tensor, value: Tensor, count: int, windows: Tensor | None) -> Pair:
-        """The pairs that the selector keeps, whose places are noted."""
+        """The pairs that the selector keeps; their indices are stored in ``_kept``."""
         selector, rule = self.rule.compressor, self.rule
         assert isinstance(selector, Selector)
         indices, _ = selector.keep(partitions_of(key, value, rule, count, self.partitions, windows))
@@ -145,7 +145,7 @@ class LatentStream(KeyValueStream):
         return gather_kept(key, self._kept), gather_kept(value, self._kept)
 
     def _compress(self, buffer: PairBuffer, raw: Pair, partitions: int, queries: Tensor | None) -> Pair:
-        """As its base class has it, for the latents as well."""
+        """Compress like the base class, and the latents in the same way."""
         before = self.partitions
         recent = super()._compress(buffer, raw, partitions, queries)
         assert self._held is not None
@@ -165,7 +165,7 @@ class LatentStream(KeyValueStream):
     @property
     def _reader(self) -> LatentReader:
         if self.reader is None:
-            raise UserError("cache", reason="it holds latents and was loaded without its model; make a new one")
+            raise UserError("cache", reason="holds latents and was loaded without its model; make a new one")
         return self.reader
 
     @property

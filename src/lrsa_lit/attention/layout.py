@@ -1,6 +1,6 @@
-"""How the rows of one forward call lie: padding, packing and positions, worked out once for all layers.
+"""The layout of a forward call's rows: padding, packing and positions, computed once for all layers.
 
-Dimensions: B rows, T tokens a row in this call, N sequences, R real tokens of all rows.
+Dimensions: B rows, T tokens per row in this call, N sequences, R real tokens in all rows.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ class Layout:
     """The sequences of a call.
 
     Attributes:
-        real: (R,) int64, where the real tokens stand in the flattened (B T) rows; None where all are real and either
-            no sequence starts inside a row or there is one row.
-        cu_seqlens: (N + 1,) int32 on the CPU, boundaries among the real tokens; None where each row is a sequence.
-        row_spans: for each row the columns [start, stop) of its real keys, counted from the first one that the mask
-            covered; None where all are real.
-        shared: the rows, if several devices share them; then the others are None.
+        real: (R,) int64, indices of the real tokens in the flattened (B T) rows; None if all are real and either no
+            sequence starts inside a row or there is only one row.
+        cu_seqlens: (N + 1,) int32 on the CPU, boundaries of the sequences among the real tokens; None if each row is
+            one sequence.
+        row_spans: for each row the columns [start, stop) of its real keys, counted from the first column of the mask;
+            None if all are real.
+        shared: the rows, if several devices share them; the other attributes are then None.
     """
 
     real: Tensor | None = None
@@ -39,10 +40,10 @@ class Layout:
     shared: SharedRows | None = None
 
     def apply(self, attend: PackedAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Run ``attend`` so that each sequence is alone; outputs of pads are 0.
+        """Run ``attend`` on each sequence separately; outputs of pads are 0.
 
-        Queries and output are (B, Hq, T, D); keys and values (B, H, T or more, D): more where an uncompressed cache
-        holds the past.
+        Queries and output are (B, Hq, T, D). Keys and values are (B, H, T or more, D): they have more tokens if an
+        uncompressed cache holds the past.
         """
         if query.shape[2] != key.shape[2] and self.row_spans is not None:
             return self._row_by_row(attend, query, key, value)
@@ -57,7 +58,7 @@ class Layout:
         return output.transpose(1, 2)
 
     def _row_by_row(self, attend: PackedAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The last T columns of longer rows, each row cut to its real keys."""
+        """Attention of the last T columns, row by row, each with the real keys of its row."""
         assert self.row_spans is not None
         output = torch.zeros_like(query)
         past = key.shape[2] - query.shape[2]
@@ -71,25 +72,26 @@ class Layout:
 
 
 def packed_layout(boundaries: Sequence[int]) -> Layout:
-    """The layout of one row without padding in which sequences follow each other, with ``boundaries`` 0 … T.
+    """The layout of one row of packed sequences without padding, with ``boundaries`` 0 … T.
 
-    Models take it as ``lrsa_layout``, beside positions that restart; then no forward waits for a GPU to read them.
+    Pass it to the model as ``lrsa_layout`` together with positions that restart. Then no forward has to read the
+    positions back from the GPU.
     """
     return Layout(cu_seqlens=torch.tensor(boundaries, dtype=torch.int32, device="cpu"))
 
 
 def read_layout(mask: Tensor | None, positions: Tensor | None, shape: tuple[int, int], past: int) -> Layout:
-    """The layout of a call, from what Hugging Face models are given.
+    """The layout of a call, from the arguments of a Hugging Face model.
 
     Args:
-        mask: (B, past + T), 1 for real tokens, or None for real ones only.
-        positions: (B or 1, T) position ids; a real token whose position does not follow its neighbour's starts a
-            sequence. None: positions run on.
+        mask: (B, past + T), 1 for real tokens; None if all are real.
+        positions: (B or 1, T) position ids. A real token starts a sequence if its position is not that of the token
+            before it plus one. None: positions are consecutive.
         shape: (B, T).
-        past: columns of earlier calls whose keys the attention is handed again.
+        past: the number of earlier columns whose keys the attention receives again.
 
     Raises:
-        UserError: a mask of another shape, with other values or with holes, or packed sequences over a cache.
+        UserError: the mask has another shape, other values or holes; or packed sequences continue a cache.
     """
     batch, length = shape
     if positions is not None and tuple(positions.shape) not in ((1, length), (batch, length)):
@@ -114,12 +116,12 @@ def read_layout(mask: Tensor | None, positions: Tensor | None, shape: tuple[int,
 
 
 def positions_from_mask(mask: Tensor, length: int) -> Tensor:
-    """(B, T) positions that count from each row's first real token; pads get 0."""
+    """(B, T) positions that count from the first real token of each row. Left pads get 0, right pads the last one."""
     return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
 
 
 def restarting_positions(boundaries: Tensor, positions: Tensor | None, length: int) -> Tensor:
-    """(1, T) positions that restart at each boundary, which given ones must do too."""
+    """(1, T) positions that restart at each boundary. A UserError is raised if given ``positions`` differ from them."""
     values = checked_boundaries(boundaries.tolist(), length, "cu_seq_lens_q")
     parts = [torch.arange(stop - start, device="cpu") for start, stop in itertools.pairwise(values)]
     restarting = torch.cat(parts)[None]
@@ -129,10 +131,10 @@ def restarting_positions(boundaries: Tensor, positions: Tensor | None, length: i
 
 
 def checked_mask(mask: Tensor, shape: tuple[int, int]) -> Tensor | None:
-    """A mask of 0 and 1 as bool, or None where nothing is masked.
+    """A mask of 0 and 1 as bool; None if nothing is masked.
 
     Raises:
-        UserError: another shape, or another kind: prepared for each layer type, additive, with numbers of sequences.
+        UserError: the mask has another shape, or another kind: one per layer type, additive, or with sequence numbers.
     """
     if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
         given = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
@@ -141,7 +143,7 @@ def checked_mask(mask: Tensor, shape: tuple[int, int]) -> Tensor | None:
     if bool(real.all()):
         return None
     others = mask[~(real | (mask == 0))]
-    # Zeros alone in floating point are an additive mask that hides nothing, and would read as pads alone.
+    # Floating-point zeros are an additive mask that hides nothing; they would be mistaken for pads only.
     if len(others) or (mask.is_floating_point() and not bool(real.any())):
         value = others[0].item() if len(others) else 0.0
         hint = "pack sequences by position_ids that restart or by cu_seq_lens_q"
@@ -150,7 +152,7 @@ def checked_mask(mask: Tensor, shape: tuple[int, int]) -> Tensor | None:
 
 
 def _row_spans(mask: Tensor) -> tuple[tuple[int, int], ...]:
-    """Columns [start, stop) of the real tokens of each row; a row of pads alone gives (0, 0)."""
+    """Columns [start, stop) of the real tokens of each row; (0, 0) for a row without any."""
     columns = mask.shape[1]
     count = mask.sum(dim=-1)
     start = torch.where(count > 0, mask.int().argmax(dim=-1), 0)
@@ -162,7 +164,7 @@ def _row_spans(mask: Tensor) -> tuple[tuple[int, int], ...]:
 
 
 def _sequence_starts(mask: Tensor | None, positions: Tensor | None, shape: tuple[int, int], past: int) -> list[int]:
-    """Places in the flattened (B T) rows where a sequence, or its part in this call, begins."""
+    """Indices in the flattened (B T) rows where a sequence, or its part in this call, begins."""
     batch, length = shape
     if mask is None and positions is None:
         return [row * length for row in range(batch)]

@@ -1,6 +1,6 @@
-"""A linear layer in two, whose narrow inner activation a cache may hold instead of the output.
+"""A linear layer factored in two. A cache may hold the narrow activation between them instead of the output.
 
-Dimensions: d width of the input, w width of the output, G blocks of the output, R ranks of all blocks together.
+Dimensions: d input width, w output width, G blocks of the output, R sum of the ranks of all blocks.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ Factors = tuple[Tensor, Tensor]
 
 
 class LowRankLinear(nn.Module):
-    """x -> (x A) B + bias. x A is the *latent* (…, R); each block of the output is read from its own part of it.
+    """x -> (x A) B + bias. x A is the *latent* (…, R); each block of the output uses its own part of the latent.
 
-    Both steps are ordinary ``nn.Linear`` layers, ``down`` and one of ``up`` for each block, so adapters find them.
+    Both steps are ordinary ``nn.Linear`` layers, so adapters find them: ``down``, and in ``up`` one layer per block.
 
     Args:
         in_features: d.
-        ranks: of each block; their number G divides ``out_features``.
+        ranks: the rank of each block; their number G divides ``out_features``.
         out_features: w.
-        bias: whether the output has one, which stands in ``up``.
-        like: its dtype and device are the weights'.
+        bias: whether the output has a bias, which is stored in ``up``.
+        like: the weights get the dtype and device of this tensor.
     """
 
     def __init__(
@@ -40,9 +40,9 @@ class LowRankLinear(nn.Module):
     @classmethod
     @torch.no_grad()
     def of(cls, factors: Sequence[Factors], bias: Tensor | None = None, like: Tensor | None = None) -> LowRankLinear:
-        """The layer of the factors of each block, in order, and the bias (w,) of the output.
+        """Make a layer from the factors of each block, in order, and the bias (w,) of the output.
 
-        The weights have the dtype and device of ``like``; without it, those of the first factor.
+        The weights get the dtype and device of ``like``, or of the first factor without it.
         """
         ranks = [left.shape[1] for left, _ in factors]
         width = sum(right.shape[1] for _, right in factors)
@@ -61,23 +61,23 @@ class LowRankLinear(nn.Module):
         return self.read(self.down(x))
 
     def read(self, latent: Tensor) -> Tensor:
-        """The output (…, w) of a latent (…, R)."""
+        """The output (…, w) for a latent (…, R)."""
         parts = latent.split(self.ranks, dim=-1) if len(self.ranks) > 1 else (latent,)
         read = [up(part) for up, part in zip(self.up, parts, strict=True)]
         return torch.cat(read, dim=-1) if len(read) > 1 else read[0]
 
     @torch.no_grad()
     def product(self) -> Tensor:
-        """The weight (w, d) of the one linear layer that gives the same outputs."""
+        """The weight (w, d) of the single linear layer that gives the same outputs."""
         down = self.down.weight.split(self.ranks)
         return torch.cat([up.weight @ part for up, part in zip(self.up, down, strict=True)])
 
     @property
     def bias(self) -> Tensor | None:
-        """That of the output (w,), or None."""
+        """The bias (w,) of the output, or None."""
         found = [up.bias for up in self.up]
         return None if found[0] is None else torch.cat(found)  # type: ignore[arg-type, call-overload]
 
     def extra_repr(self) -> str:
-        """Its widths."""
+        """The widths and ranks, for ``repr``."""
         return f"in_features={self.in_features}, ranks={self.ranks}, out_features={self.out_features}"

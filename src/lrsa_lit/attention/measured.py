@@ -1,4 +1,4 @@
-"""What attention takes, measured: bytes of a cache, query-key pairs, and seconds, beside those of dense attention."""
+"""The measured cost of attention: cache bytes, query-key pairs and seconds, compared with dense attention."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import NamedTuple
 
 
 class Measured(NamedTuple):
-    """What the past of a row takes, or that of several in sum, in a layer or in all.
+    """The cost of a row's past, or the sum over several rows, in one layer or in all.
 
     Attributes:
-        held: bytes that are held: keys and values, sinks and windows among them, and whatever waits for a compression;
-            what is filled, not the room that a decoder makes for later tokens.
-        peak: the most bytes that have been held at a time, as far as the streams say; else those held now.
-        read: bytes that a token of the answer reads; those held, unless a system looks up what to read.
-        dense: bytes that a dense cache holds of the same tokens.
-        pairs: query-key pairs of a head that the tokens have attended to.
-        dense_pairs: those of dense causal attention.
-        stored: key-value pairs that a head holds, a mean where heads hold differently many.
-        tokens: those that were seen.
-        source: those that a dense cache holds: as many, or of a prompt that was shortened as many as it had before.
+        held: bytes held: keys and values (including sinks and windows) and everything that waits for a compression.
+            Only filled memory counts, not the memory that a decoder allocates for later tokens.
+        peak: the most bytes held at any time if the streams record it, else the bytes held now.
+        read: bytes that a token of the answer reads: ``held``, unless a system looks up what to read.
+        dense: bytes of a dense cache of the same tokens.
+        pairs: query-key pairs that a head has computed for these tokens.
+        dense_pairs: query-key pairs of dense causal attention.
+        stored: key-value pairs that a head holds; the mean if heads differ.
+        tokens: tokens seen.
+        source: tokens of the prompt before a filter shortened it; else ``tokens``.
     """
 
     held: float
@@ -34,20 +34,20 @@ class Measured(NamedTuple):
     source: int
 
     def shortened(self, source: int, own: int) -> Measured:
-        """The same beside a dense cache of a longer prompt: of ``source`` tokens, ``own`` of which were left."""
+        """The same, compared with a dense cache of a longer prompt: a filter left ``own`` of its ``source`` tokens."""
         pairs = self.dense_pairs * (source * (source + 1)) // (own * (own + 1))
         return self._replace(dense=self.dense * source // own, dense_pairs=pairs, source=self.source * source // own)
 
 
 class Usage(NamedTuple):
-    """What answering a batch of prompts took.
+    """The cost of answering a batch of prompts.
 
     Attributes:
-        rows: of each row at the end of its prompt, when systems have cut. But ``read`` is of the tokens behind it, and
-            ``peak`` the most behind any call of the prefill and where it ends, or within one where a system rewrites
-            its memory or has the prompt repeated.
+        rows: the cost of each row at the end of its prompt, after systems have selected from it. ``read`` however is of
+            the answer's tokens. ``peak`` is the maximum after any call of the prefill and at the end of the prompt; it
+            includes the middle of a call if a system rewrites its memory or repeats the prompt.
         first_token: seconds from the prompts to the first tokens of all answers.
-        token: seconds for each further token; None where there was none.
+        token: seconds per further token; None if there was none.
     """
 
     rows: list[Measured]
@@ -56,18 +56,18 @@ class Usage(NamedTuple):
 
 
 def total(parts: Sequence[Measured]) -> Measured:
-    """The sums of some parts."""
+    """The field-wise sum of ``parts``."""
     return Measured(*map(sum, zip(*parts, strict=True)))  # type: ignore[arg-type]
 
 
 def shares(usages: Sequence[Usage]) -> dict[str, float]:
-    """What batches took in all: bytes and pairs as shares of dense attention's, and medians of the seconds.
+    """The total cost of batches: bytes and pairs as shares of dense attention, and medians of the seconds.
 
     Returns:
-        ``cache``, ``peak`` and ``read`` (only where it is not ``cache``), ``pairs``, ``first_token_seconds`` and
-        ``token_seconds`` (NaN without a second token). Seconds depend on the size of the batches. ``kept`` is the share
-        of the key-value pairs that are held, whatever is held beside them, and ``left`` that of the tokens which a
-        filter left. All shares are of the prompts before a filter shortened them.
+        ``cache``, ``peak``, ``read`` (only if it differs from ``cache``), ``pairs``, ``first_token_seconds`` and
+        ``token_seconds`` (NaN without a second token). Seconds depend on the batch size. ``kept`` is the share of the
+        key-value pairs that are held; other stored data does not count. ``left`` is the share of the tokens that a
+        filter left. All shares are relative to the prompts before a filter shortened them.
     """
     prompts = total([row for usage in usages for row in usage.rows])
     bytes_of = {"cache": prompts.held, "peak": prompts.peak, "read": prompts.read}

@@ -1,4 +1,4 @@
-"""What an attention module is given in a call."""
+"""Access to the arguments of an attention module's forward call."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The hidden states (B, T, width) among the arguments of an attention module."""
     found = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(found, Tensor):
-        reason = "hands its attention no hidden states, which gates of tokens and latents need"
+        reason = "passes no hidden states to its attention, which TokenGate and latents need"
         raise UserError("model", reason=reason)
     return found

@@ -1,4 +1,4 @@
-"""``generate`` of transformers with systems: a prompt ends where the first token of an answer is taken in."""
+"""Systems in transformers' ``generate``: the prompt ends when the first token of an answer is fed to the model."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from lrsa_lit.attention.attached import cache_of_call
 from lrsa_lit.attention.cache import LRSACache
 
 _METHOD = "prepare_inputs_for_generation"
-"""What transformers calls before each call of the model in ``generate``, and in nothing else."""
+"""The method that ``generate``, and nothing else in transformers, calls before each call of the model."""
 
 
 def watch(model: Any) -> None:
-    """Let ``generate`` of the model tell an LRSACache where its prompts end."""
+    """Make the model's ``generate`` call :meth:`LRSACache.end_prompt` at the end of its prompts."""
     prepare: Any = functools.partial(_prepare, model)
-    # By which transformers knows the arguments of generate.
+    # transformers derives the allowed arguments of generate from this signature.
     prepare.__signature__ = inspect.signature(getattr(model, _METHOD))
     setattr(model, _METHOD, prepare)
 
 
 def unwatch(model: Any) -> None:
-    """Undo :func:`watch`, if it was done."""
+    """Undo :func:`watch`. Does nothing if the model is not watched."""
     if getattr(vars(model).get(_METHOD), "func", None) is _prepare:
         delattr(model, _METHOD)
 

@@ -1,6 +1,6 @@
-"""K of each layer or head by a ranking and a share of a dense cache: the best dense, the others with the rule's K.
+"""K of each layer or head from a ranking and a cache share: the best are dense, the others have the rule's K.
 
-Dimensions: N layers, H key-value heads of each, T tokens of a prompt, L lag_size.
+Dimensions: N layers, H key-value heads per layer, T tokens of a prompt, L lag_size.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from lrsa_lit.systems.ranking import CacheShare, is_of_layers, is_table, read_ra
 def budgets_of(field: str, asked: Mapping[str, Any], rule: Rule, dense_layers: Collection[int]) -> list[Any]:
     """K = L for as many of the best heads, or layers, as the share allows, and the rule's K for the others.
 
-    Counted are the pairs of all heads at the end of a prompt, sinks and windows included. Of equal heads the earlier
-    are better; those of ``dense_layers`` are before all others, as they are dense anyhow.
+    The share counts the pairs of all heads at the end of a prompt, including sinks and windows. Heads in
+    ``dense_layers`` come first, because they are dense in any case. Ties go to the earlier head.
 
     Args:
-        field: the setting; errors begin with it.
+        field: name of the setting, for errors.
         asked: ``ranking``, the path of a file for :func:`~lrsa_lit.systems.ranking.read_ranking`; ``budget``, the
             share; ``tokens``, T.
-        rule: of the heads that are not dense.
-        dense_layers: of the model.
+        rule: the rule of the heads that are not dense.
+        dense_layers: indices of the model's dense layers.
 
     Returns:
-        N lists of H integers, or N integers where layers are ranked.
+        N lists of H integers, or N integers if the file ranks layers.
 
     Raises:
-        UserError: other settings, a file that ranks nothing, a compressor that holds more than pairs, or a share below
-            what is held where no further head is dense.
+        UserError: there are other keys, the file is not a ranking, the compressor holds more than pairs, or the share
+            is too small even if only ``dense_layers`` are dense.
     """
     share = CacheShare.of(field, asked, "ranking")
     rows, of_layers = _ranking(f"{field}.ranking", asked["ranking"])
@@ -46,7 +46,7 @@ def budgets_of(field: str, asked: Mapping[str, Any], rule: Rule, dense_layers: C
     held = stored_size(share.tokens, rule)
     if share.pairs * len(places) < always * share.tokens + (len(places) - always) * held:
         raise _below_floor(field, share, rule, always / len(places))
-    # A dense head takes T pairs in the place of those that any other holds.
+    # The extra pairs that a dense head holds, compared with any other head.
     more = share.tokens - held
     count = math.floor((share.pairs - held) * len(places) / more) if more else len(places)
     dense = set(order[:count])
@@ -58,7 +58,7 @@ def budgets_of(field: str, asked: Mapping[str, Any], rule: Rule, dense_layers: C
 
 
 def _ranking(field: str, path: Any) -> tuple[list[list[float]], bool]:
-    """The ranking as a table, and whether it is of whole layers."""
+    """The ranking as a table, and whether it ranks whole layers."""
     check_setting(field, path, isinstance(path, str), "the path of a file")
     found = read_ranking(field, path)
     if is_of_layers(found):
@@ -69,8 +69,8 @@ def _ranking(field: str, path: Any) -> tuple[list[list[float]], bool]:
 
 
 def _below_floor(field: str, share: CacheShare, rule: Rule, dense: float) -> UserError:
-    """What is held anyhow, as a setting; ``dense`` is the share of the dense layers."""
+    """The error that names the smallest possible share; ``dense`` is the share of heads in dense layers."""
     held = stored_size(share.tokens, rule)
     lowest = math.ceil(1e4 * (dense + (1 - dense) * held / share.tokens) - 1e-6) / 1e4
-    least = f"at least {lowest:.4f} at {share.tokens} tokens, where K = {rule.top_k} holds {held} pairs of a head"
+    least = f"at least {lowest:.4f} at {share.tokens} tokens, where K = {rule.top_k} holds {held} pairs per head"
     return UserError(f"{field}.budget", share.budget, least + (", and dense layers hold all" if dense else ""))

@@ -1,4 +1,4 @@
-"""The rotation that a transformers model gives its keys, read from the model and tried against the model's own."""
+"""The rotation of a transformers model's keys: read from the model and checked against the model's own function."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import Rotary
 
 KINDS = ("default", "linear", "llama3", "yarn")
-"""Those of transformers whose frequencies are the same for all lengths."""
+"""Rope types of transformers whose frequencies do not depend on the length."""
 
 
 def layers_of(model: Any, config: LRSAConfig) -> LayerRules:
-    """The rules of a model's layers, with their rotations if the compressor needs them, and readers of latents.
+    """The rules of a model's layers, with their rotations and readers of latents if these are needed.
 
     Raises:
-        UserError: the model has no such dense layer, other layers or heads than budgets are for, does not suit the
-            system, has no rotation that could be taken off, or no latents.
+        UserError: the model lacks one of the dense layers, has other numbers of layers or heads than the budgets, does
+            not fit the system, has no supported rotation, or has no latents.
     """
     inner, layers = base_of(model), config.layers
     count, heads = len(attention_modules(inner)), heads_of(inner.config)
@@ -42,17 +42,17 @@ def layers_of(model: Any, config: LRSAConfig) -> LayerRules:
 
 
 def rotaries_of(model: Any) -> tuple[Rotary, ...]:
-    """The rotation of each layer of a causal language model; one without frequencies where a layer has no positions.
+    """The rotation of each layer of a causal language model; it has no frequencies if a layer has no positions.
 
     Raises:
-        UserError: the model has no rotary positions of one kind, they depend on the length (dynamic, longrope), or they
-            turn other channels together than i and i + n.
+        UserError: the model has no rotary positions or several kinds of them, they depend on the length (dynamic,
+            longrope), they rotate other pairs of channels than i and i + n, or the model has no weights yet.
     """
     inner = base_of(model)
     name, layers = type(inner).__name__, attention_modules(inner)
     found = [module for module in inner.modules() if isinstance(getattr(module, "rope_type", None), str)]
     if len(found) != 1:
-        raise _refusal(name, "has no rotary positions, or different ones")
+        raise _refusal(name, "has no rotary positions, or several kinds of them")
     (module,) = found
     if module.rope_type not in KINDS:
         raise UserError("rope_type", module.rope_type, f"one of {', '.join(KINDS)}", reason="depends on the length")
@@ -60,12 +60,12 @@ def rotaries_of(model: Any) -> tuple[Rotary, ...]:
         raise _refusal(name, "has no weights yet")
     rotary = Rotary(tuple(module.inv_freq.float().tolist()), float(module.attention_scaling))
     if not _rotates(rotary, module, layers[0]):
-        raise _refusal(name, "turns other channels together than i and i + n")
+        raise _refusal(name, "rotates other pairs of channels than i and i + n")
     return tuple(rotary if getattr(layer, "use_rope", True) else Rotary(()) for layer in layers)
 
 
 def _rotates(rotary: Rotary, module: nn.Module, attention: nn.Module) -> bool:
-    """Whether the function by which the model's attention rotates does the same to a few numbers."""
+    """Whether the model's own rotation function gives the same result on a few numbers."""
     apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     if apply is None or list(inspect.signature(apply).parameters)[:4] != ["q", "k", "cos", "sin"]:
         return False
@@ -77,4 +77,4 @@ def _rotates(rotary: Rotary, module: nn.Module, attention: nn.Module) -> bool:
 
 
 def _refusal(name: str, reason: str) -> UserError:
-    return UserError("model", name, reason=f"{reason}, which what takes rotations off its keys does not support")
+    return UserError("model", name, reason=f"{reason}; the rotation of its keys cannot be removed")

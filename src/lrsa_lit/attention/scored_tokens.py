@@ -1,4 +1,4 @@
-"""Scores of tokens by gates on the hidden states that each layer's attention is given.
+"""Scores of tokens, from gates on the hidden states that each layer's attention receives.
 
 Dimensions: B batch, H key-value heads, T tokens, D head_dim.
 """
@@ -21,15 +21,15 @@ SCORES = "lrsa_token_scores"
 
 
 def attach_gate(module: nn.Module, attached: AttachedRule, config: Any) -> list[Any]:
-    """Let the tokens be scored before a layer attends, if its compressor asks for it; returns the handles of the hook.
+    """Score the tokens before a layer attends, if its compressor needs scores; returns the handles of the hook.
 
     Args:
         module: the layer's attention.
-        attached: what is attached to it.
-        config: the model's.
+        attached: the rule that is attached to it.
+        config: the model's config.
 
     Raises:
-        UserError: the gates are of another model.
+        UserError: the gates were made for another model.
     """
     rule = attached.rule.common if isinstance(attached.rule, HeadRules) else attached.rule
     if rule is None or not isinstance(rule.compressor, TokenGate):
@@ -40,23 +40,24 @@ def attach_gate(module: nn.Module, attached: AttachedRule, config: Any) -> list[
 
 
 def scored(key: Tensor, query: Tensor, attached: AttachedRule, scores: Tensor | None, cached: bool) -> Tensor:
-    """Keys (B, H, T, D) of a layer with the scores of their tokens, if its rule takes some.
+    """Keys (B, H, T, D) of a layer, with the scores of their tokens if its rule takes scores.
 
     Raises:
-        UserError: keys of earlier calls are among them, whose scores an uncompressed cache does not hold.
+        UserError: some keys are from earlier calls, whose scores an uncompressed cache does not hold; or the model
+            passes no scores to its attention.
     """
     if attached.gate is None or attached.rule is None:
         return key
     if key.shape[2] != query.shape[2] and not cached:
-        reason = "an uncompressed cache holds no scores of tokens, by which the rule's TokenGate chooses"
+        reason = "an uncompressed cache does not hold the token scores that the rule's TokenGate needs"
         raise UserError("past_key_values", reason=reason, hint="use an LRSACache")
     if scores is None:
-        raise UserError("model", reason="hands no keywords down to its attention layers; it is not supported")
+        raise UserError("model", reason="does not pass keywords to its attention layers; it is not supported")
     return with_scores(key, scores)
 
 
 def gate_scores(hidden: Tensor, gate: Tensor) -> Tensor:
-    """Scores (B, H, T) of hidden states (B, T, width) by weights (H, width), at least float32, under autocast too."""
+    """Scores (B, H, T) of hidden states (B, T, width) with weights (H, width), in at least float32 even in autocast."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
         return (hidden.to(dtype) @ gate.to(dtype).mT).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Models with their stock attention, to which a compressed cache is an ordinary past: checks around each call."""
+"""Checks around each call of a model with stock attention that uses a compressed cache as an ordinary past."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from lrsa_lit.errors import UserError
 
 
 class Lease:
-    """What a cache and its copies hold of the model that serves them: its hooks go when the last of them goes."""
+    """A cache and its copies share a lease on their model. When the last of them is freed, the hooks are removed."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lease:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A pickled cache is loaded where no model knows it, and belongs to none.
+        # A pickled cache belongs to no model after loading.
         return type(None), ()
 
 
 def lease(decoder: nn.Module) -> Lease:
-    """A lease for caches of this decoder, whose calls with one of them are checked from now on."""
+    """A lease for caches of this decoder. From now on, calls of the decoder with such a cache are checked."""
     held = Lease()
     watch = _Watch(held)
     for handle in (
@@ -36,7 +36,7 @@ def lease(decoder: nn.Module) -> Lease:
 
 
 class _Watch:
-    """Refuses calls that would break the rule unnoticed. Copies of the model share it; a pickled model has none."""
+    """Hooks that refuse calls which would silently break the rule. Copies of the model share them, pickles do not."""
 
     def __init__(self, held: Lease | None) -> None:
         self._lease = None if held is None else weakref.ref(held)
@@ -48,10 +48,10 @@ class _Watch:
         return _Watch, (None,)
 
     def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Begin a call of one of the caches."""
+        """Before the decoder runs, begin a call of its cache."""
         given = arguments_by_name(decoder, args, kwargs)
         cache: Any = cache_of_call(*given.values())
-        # Of a model that was enabled since, its own hook begins the call.
+        # If LRSA has been enabled on the model since, that hook begins the call.
         if not self._serves(cache) or enabled_state(decoder) is not None:
             return
         tokens = tokens_of_call(given)
@@ -60,12 +60,12 @@ class _Watch:
         rows, length = tokens.shape[:2]
         mask = given.get("attention_mask")
         if mask is not None and checked_mask(mask, (rows, cache.get_seq_length() + length)) is not None:
-            reason = "with stock attention LRSACache takes rows without pads only; call enable(model, …)"
+            reason = "with stock attention, LRSACache does not support pads; call enable(model, …)"
             raise UserError("attention_mask", reason=reason)
         cache.begin(None, rows)
 
     def after(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """End it, unless the hook of an enabled model has."""
+        """After the decoder ran, end the call, unless the hook of an enabled model has ended it."""
         cache: Any = cache_of_call(*args, *kwargs.values())
         if self._serves(cache) and not cache.is_idle:
             cache.end()

@@ -1,4 +1,4 @@
-"""Settings that nothing reads, because a system stands in the place of the rule that they are of."""
+"""Refuse settings of the rule that nothing reads because a system replaces the rule."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 from lrsa_lit.errors import UserError, under
 
 OF_RULE = ("sink_size", "lag_size", "top_k", "chunk_size", "value_weight", "compressor")
-"""What an ``LRSAConfig`` has that no system reads; ``head_top_k`` and ``latents`` it refuses by itself."""
+"""Settings of an ``LRSAConfig`` that no system reads. It refuses ``head_top_k`` and ``latents`` itself."""
 
 
 def check_read(changes: Mapping[str, Any], system: Any) -> None:
     """Refuse settings of an attention that its system does not read.
 
-    A whole rule with its system, as a resolved config has it, is let pass: it says what is set, not what is asked for.
+    A system together with all settings of the rule is allowed: resolved configs contain every setting.
 
     Args:
-        changes: settings of an ``LRSAConfig``, as somebody gives them.
-        system: of the attention that they change, in any form; None for a rule.
+        changes: settings of an ``LRSAConfig``, as the user gives them.
+        system: the system of the attention that they change, in any form; None if it has a rule.
 
     Raises:
-        UserError: they set something of the rule, and there is a system.
+        UserError: there is a system, and ``changes`` set a part of the rule.
     """
     system = changes.get("system", system)
     given = [name for name in OF_RULE if changes.get(name) is not None]
@@ -33,14 +33,18 @@ def check_read(changes: Mapping[str, Any], system: Any) -> None:
 
 
 def check_layers(layers: Sequence[Mapping[str, Any]]) -> None:
-    """The same of a run's settings over settings, the last ones on top: what stands below a system it overrides.
+    """Check the layers of a run's settings, of which later ones override earlier ones.
 
-    Where another attention of the run sets ``system`` to null, it reads them.
+    Settings of a rule are refused only in the layer that sets the system and in later ones. All are allowed if another
+    attention of the run sets ``system`` to null, because that attention reads them.
+
+    Raises:
+        UserError: a layer sets a part of the rule that the system of the run does not read.
     """
     models = [model for layer in layers if isinstance(model := layer.get("model"), Mapping)]
     if any(map(_has_rule, models)):
         return
-    # Digests are the run's own attention, whatever the defaults say of a rule.
+    # If model.digests is set, ICFormer is the run's own attention, whatever rule the defaults contain.
     digests = [model["digests"] for model in models if "digests" in model]
     system = "ICFormer" if digests and digests[-1] is not None else None
     for model in models:

@@ -1,4 +1,4 @@
-"""Which model a cache belongs to, told by its weights as they are in memory, wherever they were loaded from."""
+"""Identify the model of a cache by its weights in memory, independent of where they were loaded from."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from lrsa_lit.attention.attached import base_of
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NOT_OF_KEYS = ("architectures", "dtype", "lrsa", "return_dict", "torch_dtype", "transformers_version", "use_cache")
-"""Entries of a config that say nothing about keys and values; a rule is compared by itself."""
+"""Config entries that do not affect keys and values, and the rule, which is compared separately."""
 
 
 @torch.no_grad()
 def weights_digest(model: Any) -> str:
-    """SHA-256 over a model's config and the sums of the bit patterns of each row of its weights.
+    """SHA-256 of a model's config and of the summed bit patterns of each row of its weights.
 
-    Sums of integers are the same in any order and on any device, and take as long as reading the weights once. Weights
-    of another dtype are another model: their keys and values differ.
+    Integer sums are the same in any order and on any device, and take one pass over the weights. Weights in another
+    dtype give another digest, because their keys and values differ.
 
     Args:
-        model: a causal language model, in a peft wrapper or not.
+        model: a causal language model, with or without a peft wrapper.
     """
     inner = base_of(model)
     config = {
@@ -40,6 +40,6 @@ def weights_digest(model: Any) -> str:
 
 
 def _sums(weight: Tensor) -> Tensor:
-    """Sums (rows,) of the bit patterns, which wrap around; of a vector the patterns themselves."""
+    """Sums (rows,) of the bit patterns, modulo 2 ** 64; a vector is returned as its bit patterns."""
     bits = weight.detach().contiguous().view(_BITS[weight.element_size()])
     return bits.flatten(0, -2).sum(dim=-1, dtype=torch.int64) if bits.ndim > 1 else bits

@@ -1,4 +1,4 @@
-"""Generation: prompts in calls of bounded length, then token by token, by a CUDA graph where there can be one."""
+"""Generation: prompts in calls of bounded length, then token by token, with a CUDA graph where one is possible."""
 
 from lrsa_lit.attention.decoding.chunked_prefill import prefill
 from lrsa_lit.attention.decoding.decoder import Decoder, graphed_decoding, serving

@@ -1,4 +1,4 @@
-"""Take a long text in, call by call, into a cache."""
+"""Feed a long text to a cache, call by call."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ def prefill(
 ) -> Tensor:
     """Feed tokens to a cache in calls of bounded length, so that memory does not grow with the text.
 
-    With LRSA attention the length of the calls changes nothing. With stock attention and an :class:`LRSACache` no call
-    reaches over a compression.
+    With LRSA attention, the length of the calls does not change the result. With stock attention and an
+    :class:`LRSACache`, calls end where a compression is due.
 
     Args:
-        model: a causal language model, LRSA enabled or not.
-        input_ids: (B, T) new tokens, behind those that the cache has seen.
-        cache: any of transformers, compressed or not.
-        attention_mask: (B, seen + T), 1 for real tokens, as ``generate`` takes it; None: all are real.
-        tokens_per_call: most tokens of a call; a system that needs whole prompts gets them.
-        progress: called after each call with the tokens taken in so far.
+        model: a causal language model, with or without LRSA enabled.
+        input_ids: (B, T) new tokens, which follow the tokens that the cache has seen.
+        cache: any cache of transformers, compressed or not.
+        attention_mask: (B, seen + T), 1 for real tokens, as for ``generate``; None if all are real.
+        tokens_per_call: the most tokens per call. Systems that need the whole prompt get it in one call.
+        progress: called after each call with the number of tokens fed so far.
 
     Returns:
         Logits (B, 1, V) of the last column.
 
     Raises:
-        UserError: nothing to feed, or a length that is not positive.
+        UserError: there are no tokens, or ``tokens_per_call`` is less than 1.
     """
     if input_ids.shape[1] == 0 or tokens_per_call < 1:
-        reason = f"{input_ids.shape[1]} tokens by {tokens_per_call}; both must be >= 1"
+        reason = f"{input_ids.shape[1]} tokens, {tokens_per_call} per call; both must be >= 1"
         raise UserError("input_ids, tokens_per_call", reason=reason)
     seen, logits = int(cache.get_seq_length()), input_ids.new_empty(0)
     for start, stop in _calls(model, cache, seen, seen + input_ids.shape[1], tokens_per_call):
@@ -60,7 +60,7 @@ def prefill(
 
 
 def _calls(model: Any, cache: Any, start: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
-    """[start, stop) in pieces of at most ``most``; where attention is the model's own, none over a compression."""
+    """[start, stop) in pieces of at most ``most`` tokens; with stock attention, none crosses a compression."""
     pieces = [(start, stop)]
     if isinstance(cache, LRSACache) and cache.config.system is not None and cache.config.system.needs_whole_prompt:
         most = stop - start

@@ -1,4 +1,4 @@
-"""Single-token steps that replay a CUDA graph instead of launching the model kernel by kernel.
+"""Single-token steps that replay a CUDA graph instead of launching the model's kernels one by one.
 
 Dimensions: B rows, H key-value heads, Hq query heads, D head_dim, V vocabulary.
 """
@@ -35,65 +35,75 @@ from lrsa_lit.ops.sparse_attention import (
 from lrsa_lit.systems.system import System
 
 _WARM_UP = 3
-"""Steps before one is captured: what compiles or allocates on first use may not do so then, and short answers are
-spared the capture."""
+"""Ordinary steps before the capture: nothing may compile or allocate on first use during a capture, and short answers
+avoid its cost."""
 ROOM = 256
-"""New tokens to allocate for ahead, where nobody says how many there will be."""
+"""New tokens to allocate memory for, if the caller does not say how many there will be."""
 _UNGRAPHED_ROPE = ("dynamic", "longrope")
-"""Rotary frequencies that transformers makes anew at some length, for which the host must wait in each forward pass."""
+"""Rope types whose frequencies depend on the length: transformers makes the host wait for it in each forward."""
 _PLAIN = Layout()
 
 Streams = list[list[KeyValueStream]]
-"""Of each part of each layer, all heads or a group of them: the one that its rows share, or one for each row."""
+"""For each part of each layer (all heads or a group of them), one stream for all rows or one per row."""
 
 
 class Decoder:
     """Single-token steps of a model over the preallocated memory of its cache.
 
-    Lengths and positions stand in device tensors, so that one graph serves all tokens. Compressions happen between the
-    steps, in the same memory, whose rows are filled to lengths of their own. Any other call of the model may come
-    between two steps. The graph is captured after a few steps in the same memory. After a reset of the cache its new
-    rows go on in that memory, if they fit.
+    Lengths and positions are in device tensors, so that one graph serves all tokens. Compressions run between the
+    steps, in the same memory; rows may have different lengths. Other calls of the model are allowed between two steps.
+    The graph is captured after a few steps in the same memory. After a reset of the cache, its new rows are moved to
+    that memory if they fit.
 
-    Arguments are those of :func:`graphed_decoding`; memory for rows of ``longest`` tokens is made in any case.
+    Args:
+        model: as in :func:`graphed_decoding`.
+        cache: as in :func:`graphed_decoding`.
+        room: as in :func:`graphed_decoding`.
+        longest: allocate memory for rows of at least this many tokens.
+        fuse: as in :func:`graphed_decoding`.
     """
 
     def __init__(self, model: Any, cache: LRSACache, *, room: int = ROOM, longest: int = 0, fuse: bool = False) -> None:
         self.model, self.cache, self.room = model, cache, room
-        # In the places of the cache's layers, and of the parts of each.
+        # The memory of each layer of the cache, and of each part of each layer.
         self.layers: list[_LayerMemory | _GroupedMemory] = []
         self._memories: list[_LayerMemory] = []
-        # The parts of one rule, or system, hold equally many tokens at any time.
+        # Parts with the same rule or system always hold the same number of tokens.
         by_rule: dict[tuple[Rule | None, System | None], list[int]] = {}
         for index, kind in enumerate(_kinds_of_parts(cache)):
             by_rule.setdefault(kind, []).append(index)
         self._parts_of_rules = list(by_rule.values())
         self._places_at_once = [_at_once(*kind, room, longest) for kind in by_rule]
         self._graphable = model.device.type == "cuda" and not _waits_for_lengths(model)
-        # A function of the class: a method of its own would leave a decoder, its graph and memory, to the collector.
+        # An unbound function: a bound method would be a reference cycle, and the graph and its memory would stay
+        # allocated until the garbage collector runs.
         self._forward = torch.compile(Decoder._run, dynamic=False) if fuse else Decoder._run
         self._graph: torch.cuda.CUDAGraph | None = None
         self._order: list[Stream] = []
         self._prepared: list[int] = []
 
     def ready(self, rows: int) -> bool:
-        """Whether the next token of each row can be served: rows in the order noted, none empty, the same rule."""
+        """Whether :meth:`step` can run: the rows are in the recorded order, none is empty, and the rule is the same."""
         state, first = enabled_state(self.model), self.cache.layers[0]
         if state is None or state.config != self.cache.config or rows != first.rows or not self.cache.is_idle:
             return False
         return self.cache.graphable and first.streams == self._order and all(stream.seen for stream in first.streams)
 
     def note_order(self) -> None:
-        """Take note of the rows as they are now: a search that then reorders them will do so again, token by token."""
-        # The first layer speaks for all: a note of each would keep a whole cache alive that a search has left behind.
+        """Record the current rows. A beam search that reorders them will do so at every token, so it gets no graph."""
+        # The first layer is enough. References to all layers would keep a cache alive that a search no longer uses.
         self._order = list(self.cache.layers[0].streams)
 
     @torch.no_grad()
     def step(self, ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """Take in one token per row, ``ids`` (B, 1); no row may be empty.
+        """Feed one token per row, ``ids`` (B, 1). No row may be empty.
 
-        Positions, (B, 1) or (1, 1), by default follow those that the rows have seen. The logits (B, 1, V) that it
-        returns are overwritten by the next step.
+        Args:
+            ids: (B, 1) token ids.
+            position_ids: (B, 1) or (1, 1); by default the numbers of tokens that the rows have seen.
+
+        Returns:
+            Logits (B, 1, V), which the next step overwrites.
         """
         streams: Streams = [
             list(rows)
@@ -120,13 +130,13 @@ class Decoder:
                         streams[part][row].advance()
 
     def _fits(self, streams: Streams) -> bool:
-        """Whether all stand in the prepared memory, with a place for the next token."""
+        """Whether all streams are in the prepared memory, with room for the next token."""
         buffers = [buffer for rows in streams for stream in rows for buffer in stream.buffers]
         roomy = all(buffer.length < buffer.capacity for buffer in buffers)
         return roomy and [buffer.address for buffer in buffers] == self._prepared
 
     def _places(self, streams: Streams) -> list[int]:
-        """For each part, the places that its rows need for the tokens to come."""
+        """For each part, the capacity that its rows need for the next tokens."""
         places = [0] * len(streams)
         for parts, at_once in zip(self._parts_of_rules, self._places_at_once, strict=True):
             needed = max(at_once, *(stream.most_stored(self.room) for stream in streams[parts[0]]))
@@ -135,19 +145,19 @@ class Decoder:
         return places
 
     def _reuse(self, streams: Streams) -> bool:
-        """Move rows that stand elsewhere into the prepared memory; False if it is too small or made for others."""
+        """Move rows into the prepared memory; False if it is too small or was made for other shapes."""
         together = list(zip(self._memories, streams, self._places(streams), strict=False))
         if not together or not all(memory.can_hold(rows, places) for memory, rows, places in together):
             return False
         for memory, rows, _ in together:
             memory.take(rows)
         if torch.is_autocast_enabled(self.model.device.type):
-            # The graph reads the weights that autocast had converted, and forgot when its block ended.
+            # The graph reads converted weights that autocast freed at the end of its block.
             self._graph, self._launched = None, 0
         return True
 
     def _prepare(self, ids: Tensor, streams: Streams) -> None:
-        # What the old memory holds would not be free for what rows move into.
+        # Release the old memory first, so that the new one can use it.
         self.layers, self._memories, self._graph, self._launched = [], [], None, 0
         rules = len(self._parts_of_rules)
         self._state = torch.zeros(1 + 2 * rules, len(streams[0]), dtype=torch.int64, device=ids.device)
@@ -170,10 +180,10 @@ class Decoder:
         return self._forward(self)
 
     def _replayed(self) -> Tensor:
-        """The logits of a graph, which the first call captures."""
+        """The logits from replaying the graph, which the first call captures."""
         if self._graph is None:
             graph = torch.cuda.CUDAGraph()
-            # Threads that pin the next batches may go on allocating meanwhile.
+            # Other threads that pin the next batches may allocate during the capture.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._logits = self._forward(self)
             self._graph = graph
@@ -181,11 +191,11 @@ class Decoder:
         return self._logits
 
     def _write(self, ids: Tensor, position_ids: Tensor | None, streams: Streams) -> None:
-        """Hand the token, its positions and the lengths over, these in one copy, for which nobody waits."""
+        """Copy tokens, positions and lengths to the device; the lengths in one copy that does not block the host."""
         state = [[stream.seen for stream in streams[0]]]
         state += [[stream.buffer.length for stream in streams[parts[0]]] for parts in self._parts_of_rules]
         state += [[stream.query_place for stream in streams[parts[0]]] for parts in self._parts_of_rules]
-        # Pinned memory that is new each time: the copy of the step before may still be under way.
+        # New pinned memory each time, because the previous copy may still be running.
         host = torch.tensor(state, device="cpu", pin_memory=ids.device.type == "cuda")
         self._state.copy_(host, non_blocking=True)
         self._ids.copy_(ids)
@@ -202,20 +212,20 @@ class Decoder:
 
 @contextlib.contextmanager
 def graphed_decoding(model: Any, cache: LRSACache, *, room: int = ROOM, fuse: bool = False) -> Iterator[None]:
-    """Serve the single-token calls of a block (``model.generate(…, past_key_values=cache)``) by a CUDA graph.
+    """Serve the single-token calls of a block (``model.generate(…, past_key_values=cache)``) with a CUDA graph.
 
-    The tokens of such calls are taken as real ones, whatever the mask; rows may be of unequal lengths. All other calls,
-    those of rows that are empty or that a beam search has just reordered, and all on other devices than CUDA run as
-    ever. Models with dynamic or "longrope" rotary frequencies, which depend on the length, are served without a graph.
+    The tokens of these calls count as real, whatever the mask; rows may have unequal lengths. The model runs as usual
+    for all other calls, for rows that are empty or were just reordered by a beam search, and on other devices than
+    CUDA. Models whose rotary frequencies depend on the length ("dynamic", "longrope") are served without a graph.
 
     Args:
         model: a causal language model with LRSA enabled.
         cache: its cache.
-        room: new tokens to allocate for ahead, at least 1; more than these only cost another capture.
-        fuse: fuse the model's own operations with ``torch.compile`` first, which takes a minute.
+        room: new tokens to allocate memory for, at least 1. Longer answers only cost another capture.
+        fuse: first fuse the model's own operations with ``torch.compile``, which takes a minute.
 
     Raises:
-        UserError: LRSA is not enabled, or the cache is no :class:`LRSACache`.
+        UserError: LRSA is not enabled, or the cache is not an :class:`LRSACache`.
     """
     inner = base_of(model)
     if enabled_state(inner) is None or not isinstance(cache, LRSACache):
@@ -229,7 +239,7 @@ def graphed_decoding(model: Any, cache: LRSACache, *, room: int = ROOM, fuse: bo
 
 @contextlib.contextmanager
 def serving(model: Any, decoder: Decoder) -> Iterator[None]:
-    """Let a decoder answer those calls of the model that it is ready for."""
+    """In a with block, let the decoder answer the calls of the model that it is ready for."""
     own, plain, cache = vars(model).get("forward"), model.forward, decoder.cache
 
     @functools.wraps(plain)
@@ -253,9 +263,9 @@ def serving(model: Any, decoder: Decoder) -> Iterator[None]:
 
 
 class _Places:
-    """Where new tokens go in the memories of the parts of one rule, on the device.
+    """The indices at which parts with the same rule store new tokens, on the device.
 
-    The decoder writes to ``ends``, int64: the places, of each row (B,) or of all (1,).
+    The decoder writes them to ``ends``, int64: (B,) for each row, or (1,) for all.
     """
 
     def __init__(self, ends: Tensor) -> None:
@@ -263,7 +273,7 @@ class _Places:
         self.rows = torch.arange(len(ends), device=ends.device)
 
     def put(self, memory: Tensor, new: Tensor) -> None:
-        """Write the new tokens (B, H, 1, D) to their places in the memory (B, H, capacity, D)."""
+        """Write the new tokens (B, H, 1, D) to their indices in the memory (B, H, capacity, D)."""
         if len(self.ends) == 1:
             memory.index_copy_(2, self.ends, new)
         else:
@@ -271,22 +281,22 @@ class _Places:
 
 
 class _FilledLengths(_Places):
-    """The places of new keys and values, and how far those memories are filled."""
+    """The indices of new keys and values, and the filled lengths of their memory."""
 
     def __init__(self, ends: Tensor) -> None:
         super().__init__(ends)
         self.length = torch.zeros_like(ends, dtype=torch.int32)
 
     def include_new(self) -> None:
-        """Count the new tokens among the filled: they see themselves."""
+        """Include the new tokens in the filled lengths, because they attend to themselves."""
         self.length.copy_(self.ends + 1)
 
 
 class _LayerMemory:
-    """The memory of one layer, as the attention sees it: in the place of a cache's layer. Or of some of its heads.
+    """The memory of one layer or of a group of its heads. The attention uses it like a layer of the cache.
 
-    Its rows go on in it; it has room for ``places`` tokens of each. Where a compressor asks for queries, there is
-    memory for those, whose last row takes the ones that are not needed: so one graph serves all tokens.
+    The rows are moved to it; it has room for ``places`` tokens per row. If the compressor needs queries, there is also
+    memory for them. Its last row receives the queries that are not needed, so that one graph serves all tokens.
     """
 
     def __init__(
@@ -303,7 +313,7 @@ class _LayerMemory:
         self.take(streams)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Attention (B, Hq, 1, D) of one new token per row, which is stored behind those of its row."""
+        """Attention (B, Hq, 1, D) of one new token per row, which is stored after the other tokens of its row."""
         if self.compressor.has_bias:
             return through_channels(self._attend, query, key, value, scale)
         return self._attend(query, key, value, scale)
@@ -319,14 +329,14 @@ class _LayerMemory:
         return output
 
     def can_hold(self, streams: Sequence[KeyValueStream], places: int) -> bool:
-        """Whether there is room for these rows, as many and of the same kind as those that it was made for."""
+        """Whether these rows fit: the same number, dtype and implementation as at first, and enough room."""
         key = streams[0].buffer.whole[0]
         writable = torch.is_inference_mode_enabled() or not self.key.is_inference()
         same = (_rows(streams), key.dtype, len(streams)) == (len(self.key), self.key.dtype, len(self.filled.ends))
         return writable and same and streams[0].impl == self.impl and self.key.shape[2] >= places
 
     def take(self, streams: Sequence[KeyValueStream]) -> None:
-        """Let other rows go on here."""
+        """Move other rows here."""
         for row, stream in enumerate(streams):
             part = slice(None) if len(streams) == 1 else slice(row, row + 1)
             for buffer, memory in zip(stream.buffers, self.memories, strict=True):
@@ -336,14 +346,14 @@ class _LayerMemory:
 
 
 class _GroupedMemory:
-    """The memory of a layer whose heads have rules of their own: that of each group, of which it takes the next."""
+    """The memory of a layer with :class:`HeadRules`: it takes the memory of each of its groups from ``memories``."""
 
     def __init__(self, groups: HeadGroups, memories: Iterator[_LayerMemory]) -> None:
         self.groups = groups
         self.parts = list(itertools.islice(memories, len(groups.heads)))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """As :class:`_LayerMemory` has it."""
+        """See :class:`_LayerMemory`."""
         split = (self.groups.split(tensor) for tensor in (query, key, value))
         return self.groups.join([part.attend(*new, scale) for part, *new in zip(self.parts, *split, strict=True)])
 
@@ -357,19 +367,19 @@ def _kinds_of_parts(cache: LRSACache) -> Iterator[tuple[Rule | None, System | No
 
 
 def _at_once(rule: Rule | None, system: System | None, room: int, longest: int) -> int:
-    """Places for rows of ``longest`` tokens, and for ``room`` more where a system has cut them."""
+    """The capacity for rows of ``longest`` tokens; with a system, for what it keeps of them and ``room`` more."""
     if system is None or not longest:
         return KeyValueStream(rule).most_stored(longest)
     return math.ceil(system.held(longest)) + room
 
 
 def _waits_for_lengths(model: Any) -> bool:
-    """Whether the model's rotary frequencies depend on how long the rows are."""
-    # Of one kind, or a dict of kinds.
+    """Whether the model's rotary frequencies depend on the length of the rows."""
+    # ``rope_type`` is one kind or a dict of kinds.
     kinds = str([getattr(module, "rope_type", None) for module in model.modules()])
     return any(kind in kinds for kind in _UNGRAPHED_ROPE)
 
 
 def _rows(streams: Sequence[KeyValueStream]) -> int:
-    """Rows of the batch, of which there is one stream or a stream each."""
+    """The number of batch rows, from one stream for all rows or one per row."""
     return len(streams) if len(streams) > 1 else len(streams[0].buffer.whole[0])

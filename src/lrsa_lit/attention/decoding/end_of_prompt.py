@@ -1,4 +1,4 @@
-"""The end of a prompt, where systems cut: some of them only once the model has repeated the prompt.
+"""The end of a prompt, where systems select. Some of them first need the model to repeat the prompt.
 
 Dimensions: B prompts, T tokens.
 """
@@ -30,7 +30,7 @@ def end_prompt(
     synced: bool = False,
     to_come: Sequence[int] | None = None,
 ) -> None:
-    """Say that prompts are over, once: :meth:`LRSACache.end_prompt`, behind :func:`repeat_prompt`; its arguments."""
+    """Call :func:`repeat_prompt`, then :meth:`LRSACache.end_prompt`. The arguments are those of the former."""
     repeat_prompt(model, cache, prompts, attention_mask, encode=encode, synced=synced, to_come=to_come)
     cache.end_prompt(to_come)
 
@@ -46,19 +46,19 @@ def repeat_prompt(
     synced: bool = False,
     to_come: Sequence[int] | None = None,
 ) -> None:
-    """Have a model read what the cache's system needs behind a prompt, if it needs anything; the cache stays as it is.
+    """Let the model read the texts that the cache's system needs after a prompt, if any. Nothing is stored.
 
     Args:
-        model: with LRSA enabled.
-        cache: it holds the prompts and nothing else.
+        model: a model with LRSA enabled.
+        cache: its cache, which holds the prompts and nothing else.
         prompts: (B, T) token ids.
-        attention_mask: (B, T), 1 for real tokens; None: all are real.
-        encode: token ids of a text, without special ones. Only systems that have prompts repeated need it.
-        synced: other processes must be called as often as this one.
-        to_come: how many tokens of each row's question follow; None: none.
+        attention_mask: (B, T), 1 for real tokens; None if all are real.
+        encode: returns the token ids of a text, without special tokens. Only systems that repeat prompts need it.
+        synced: make equally many calls of the model in all processes, as sharded weights need.
+        to_come: for each row, the tokens of the question that follows; None if none follow.
 
     Raises:
-        UserError: the system refuses the prompt, or has the model read beyond its positions.
+        UserError: the system refuses the prompt, or the texts exceed the model's maximum position.
     """
     system, streams = cache.config.system, cache.system_streams()
     if system is None or not system.repeats_prompt or not streams:
@@ -82,7 +82,7 @@ def repeat_prompt(
 
 
 def _read(model: Any, cache: LRSACache, mask: Tensor, rows: Sequence[list[int]]) -> None:
-    """One call of tokens behind the prompts, padded on the right; a row without any, or none at all, is pads alone."""
+    """One call with tokens after the prompts, padded on the right. Rows without tokens have pads only."""
     tokens = [torch.tensor(row or [0], device=mask.device) for row in rows]
     real = [torch.full((len(row) or 1,), int(bool(row)), dtype=mask.dtype, device=mask.device) for row in rows]
     mask = torch.cat([mask, pad_sequence(real, batch_first=True)], dim=1)
@@ -95,5 +95,5 @@ def _check_positions(model: Any, prompts: Sequence[list[int]], repeats: Sequence
     for prompt, repeat in zip(prompts, repeats, strict=True):
         needed = len(prompt) + max((len(part.ids) for part in repeat), default=0)
         if limit is not None and needed > limit:
-            reason = f"has the model read up to position {needed} to repeat a prompt of {len(prompt)}; it has {limit}"
-            raise UserError("system", reason=reason, hint="shorten the prompt, or what is repeated at a time")
+            reason = f"needs {needed} positions to repeat a prompt of {len(prompt)} tokens; the model has {limit}"
+            raise UserError("system", reason=reason, hint="shorten the prompt, or the parts that are repeated")

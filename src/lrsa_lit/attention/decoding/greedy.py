@@ -1,4 +1,4 @@
-"""Greedy answers: the likeliest token each time, until one ends the answer.
+"""Greedy answers: the most likely token at each step, until a stop token.
 
 Dimensions: B prompts, T tokens, V vocabulary.
 """
@@ -22,23 +22,23 @@ from lrsa_lit.attention.measured import Measured, Usage
 from lrsa_lit.systems.system import Encode
 
 Step = Callable[[Tensor], Tensor]
-"""Takes in one token per row, (B, 1), and returns logits (B, 1, V), which the next step may overwrite."""
+"""Feeds one token per row, (B, 1), and returns logits (B, 1, V), which the next step may overwrite."""
 
 
 class Greedy:
-    """Answers to batch after batch of prompts, in the same memory, so that on CUDA few graphs serve them all.
+    """Answer batches of prompts in the same memory, so that a few CUDA graphs serve all of them.
 
     Args:
-        model: a causal language model with LRSA enabled; the rule must stay the same.
+        model: a causal language model with LRSA enabled. The rule must not change.
         stops: the tokens that end an answer.
-        max_new_tokens: most tokens of an answer.
-        longest_prompt: its tokens, if known: memory for it is then made at once.
-        synced: each forward needs other processes too (sharded weights), which must be called as often as this one; all
-            go on until the last one has its answers.
-        encode: as :func:`~lrsa_lit.attention.end_prompt` has it.
+        max_new_tokens: the most tokens per answer.
+        longest_prompt: the length of the longest prompt in tokens, if known. Its memory is then allocated at once.
+        synced: make equally many calls of the model in all processes, as sharded weights need. All continue until the
+            last process has its answers.
+        encode: as in :func:`~lrsa_lit.attention.end_prompt`.
 
     Attributes:
-        usage: what the last batch took, without the rows that a graph has twice.
+        usage: the cost of the last batch, without the rows that were repeated for a graph.
     """
 
     def __init__(
@@ -68,12 +68,15 @@ class Greedy:
     ) -> list[list[int]]:
         """The tokens that follow each prompt (B, T), without the one that ends the answer.
 
-        Prompts of unequal lengths are padded on the left; the mask (B, T) is 1 for real tokens, one or more a prompt.
-        How many tokens of each are its first turn and its context is as :func:`read_prompts` has it: systems cut there.
+        Args:
+            prompts: (B, T) token ids, padded on the left.
+            attention_mask: (B, T), 1 for real tokens, at least one per prompt; None if all are real.
+            first_turns: as in :func:`read_prompts`; systems select there.
+            contexts: as in :func:`read_prompts`; systems select there.
         """
         rows, began = len(prompts), time.perf_counter()
         if self._graphed:
-            # A graph is for a number of rows: the next power of two, with rows that are there twice.
+            # A graph has a fixed number of rows: the next power of two. Repeated rows fill it up.
             order = [row % rows for row in range(1 << (rows - 1).bit_length())]
             prompts = prompts[order]
             attention_mask = None if attention_mask is None else attention_mask[order]
@@ -103,7 +106,7 @@ class Greedy:
         return [list(itertools.takewhile(lambda token: token not in self._stops, answer)) for answer in tokens]
 
     def _cache_for(self, rows: int) -> tuple[LRSACache, Step]:
-        """An empty cache for so many rows, and what takes in their next tokens."""
+        """An empty cache for ``rows`` rows, and the function that feeds their next tokens."""
         if rows not in self._caches:
             cache = LRSACache.of(self.model)
             if self._synced:
@@ -117,15 +120,15 @@ class Greedy:
 
 
 def _of_answer(prompt: Measured, answer: Measured) -> Measured:
-    """What a row took at the end of its prompt, with the share of it that the answer's tokens read."""
+    """The cost of a row at the end of its prompt, with ``read`` scaled from the end of the answer."""
     looked_up = answer.read != answer.held
     return prompt._replace(read=answer.read * prompt.dense / answer.dense) if looked_up else prompt
 
 
 def single_token_steps(model: Any, cache: Any, *, room: int = ROOM, longest: int = 0) -> Step:
-    """The fastest way to take in one token per row, none of which is empty, where the cache stands.
+    """The fastest step function for this cache, whose rows must not be empty.
 
-    Model and cache may be any of transformers; ``room`` and ``longest`` are as in :class:`Decoder`.
+    Any model and cache of transformers are allowed; ``room`` and ``longest`` are as in :class:`Decoder`.
     """
     inner = base_of(model)
     if inner.device.type == "cuda" and isinstance(cache, LRSACache) and cache.graphable and enabled_state(inner):
@@ -141,14 +144,17 @@ def _plain_steps(model: Any, cache: Any) -> Step:
 def greedy_tokens(
     logits: Tensor, step: Step, stops: Container[int], *, most: int, synced: bool = False
 ) -> Iterator[list[int]]:
-    """The next token of each row, at most ``most``, until every row has had one that ends its answer.
+    """Generate the next token of each row, at most ``most`` times, until every row has had a stop token.
 
     Args:
         logits: (B, 1, V), of the prompts' last tokens.
-        step: what takes tokens in, such as :func:`single_token_steps`.
-        stops: the tokens that end an answer; a row goes on behind it while others have none.
-        most: tokens of each row.
-        synced: go on until the rows of all processes have ended.
+        step: feeds tokens to the model, for example the result of :func:`single_token_steps`.
+        stops: the tokens that end an answer. A row continues after its stop token while other rows have none.
+        most: the most tokens per row.
+        synced: continue until the rows of all processes have ended.
+
+    Yields:
+        The token of each row.
     """
     ended: set[int] = set()
     for count in range(1, most + 1):

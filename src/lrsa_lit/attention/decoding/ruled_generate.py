@@ -1,4 +1,4 @@
-"""``generate`` of transformers under a model's rule, from a compressed cache: what a folder's custom_generate calls."""
+"""``generate`` with a model's rule and a compressed cache; called by the custom_generate of a saved model folder."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from lrsa_lit.attention.interface import enabled_config, using
 
 @torch.no_grad()
 def generate_under_rule(model: Any, *inputs: Any, **arguments: Any) -> Any:
-    """What ``model.generate(*inputs, **arguments)`` returns, under the model's rule and from an LRSACache.
+    """Run ``model.generate(*inputs, **arguments)`` with the model's rule and an LRSACache.
 
-    On CUDA a graph serves the tokens. Afterwards the model attends as it did before.
+    On CUDA, a graph decodes the tokens. Afterwards the model's attention is restored.
 
     Args:
-        model: a causal language model that LRSA is enabled on, or whose ``config.json`` holds a rule.
+        model: a causal language model with LRSA enabled, or with a rule in its ``config.json``.
         inputs: arguments of ``generate``.
-        arguments: arguments of ``generate``. A cache among them is used; without one, an empty LRSACache is made,
-            unless ``use_cache`` is false.
+        arguments: keyword arguments of ``generate``. If they contain no cache, an empty LRSACache is made, unless
+            ``use_cache`` is false.
 
     Raises:
-        UserError: the model has no rule, or one that does not suit it.
+        UserError: the model has no rule, or the rule does not fit it.
     """
     inner = base_of(model)
     rule = enabled_config(inner)
     if rule is None:
-        # Where transformers alone has loaded factors of low rank, it has made whole projections of them.
+        # Latents need low-rank projections, and transformers alone loads them as whole projections.
         rule = given_or_stored(None, inner).replace(latents=False)
-    # The instance's own attribute may be what has called this function.
+    # From the class, because the instance may have a ``generate`` that calls this function.
     generate = type(inner).generate
     with using(inner, rule):
         if cache_of_call(*arguments.values()) is not None or arguments.get("use_cache") is False:
@@ -43,7 +43,7 @@ def generate_under_rule(model: Any, *inputs: Any, **arguments: Any) -> Any:
 
 
 def _room(model: Any, arguments: dict[str, Any]) -> int:
-    """New tokens to expect, as far as anybody says."""
+    """The number of new tokens to expect, from the arguments or the generation config."""
     config = arguments.get("generation_config") or model.generation_config
     most = arguments.get("max_new_tokens") or getattr(config, "max_new_tokens", None)
     return most if isinstance(most, int) and most > 0 else ROOM

@@ -1,4 +1,4 @@
-"""Numbers that processes must agree on where a call of the model takes all of them, as sharded weights do."""
+"""Numbers that processes must agree on if every call of the model needs all of them, as with sharded weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def most_of_all(count: int, device: torch.device) -> int:
-    """The highest of the counts of all processes, each of which calls this with its own and its device."""
+    """The maximum count over all processes. Each process calls this with its own count and device."""
     most = torch.tensor(count, device=device)
     torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
     return int(most)

@@ -1,4 +1,4 @@
-"""Prompts into a cache, up to where their answers start; systems cut behind the context, or behind the first question.
+"""Feed prompts to a cache. Systems select after the context, or after the first question.
 
 Dimensions: B prompts, T tokens, V vocabulary.
 """
@@ -33,25 +33,27 @@ def read_prompts(
     synced: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Take prompts in, and say to systems where they end.
+    """Feed prompts to a cache, and call :func:`end_prompt` where they end for a system.
 
-    To a system that is not to see the question (:attr:`System.question`) a prompt ends with its context, to others with
-    the first turn of a conversation. So what they make of the context does not depend on what is asked, or on what is
-    asked later; that is then taken in as an answer is, a question in one call.
+    For a system that must not see the question (see :attr:`System.question`), a prompt ends after its context; for
+    other systems, after the first turn of a conversation. So what they keep does not depend on the question, or on
+    later turns. The question is then fed in one call; so are later turns, unless the system needs answers token by
+    token (:attr:`System.answers_by_token`).
 
     Args:
-        model: with LRSA enabled.
-        cache: empty.
+        model: a model with LRSA enabled.
+        cache: its empty cache.
         prompts: (B, T) token ids, padded on the left.
-        attention_mask: (B, T), 1 for real tokens; None: all are real.
-        contexts: how many tokens of each prompt its context has, 1 or more; None: all of the first turn.
-        first_turns: how many tokens of each prompt its first turn has; None: all.
-        encode: as :func:`end_prompt` has it.
-        synced: other processes must be called as often as this one.
-        progress: called after each call, with the tokens that :func:`prefill` says.
+        attention_mask: (B, T), 1 for real tokens; None if all are real.
+        contexts: for each prompt, the tokens of its context, 1 or more; None means the whole first turn.
+        first_turns: for each prompt, the tokens of its first turn; None means the whole prompt.
+        encode: as in :func:`end_prompt`.
+        synced: make equally many calls of the model in all processes, as sharded weights need.
+        progress: called after each call, with the number of tokens as in :func:`prefill`.
 
     Returns:
-        Logits (B, 1, V) of the last token of each prompt, and the mask (B, columns) of what the cache has seen.
+        Logits (B, 1, V) of the last token of each prompt, and the mask (B, columns) of the columns that the cache has
+        seen.
     """
     system = cache.config.system
     mask = torch.ones_like(prompts) if attention_mask is None else attention_mask
@@ -66,7 +68,7 @@ def read_prompts(
     if contexts is not None:
         turns = mask.sum(dim=1).tolist() if first_turns is None else first_turns
         to_come = [turn - context for turn, context in zip(turns, contexts, strict=True)]
-    # The prompts of other processes may need another number of calls.
+    # Prompts of other processes may have other lengths; one call each keeps the number of calls equal.
     calls = prompts.shape[1] if synced else TOKENS_PER_CALL
     logits = prefill(model, prompts, cache, attention_mask=seen, tokens_per_call=calls, progress=progress)
     end_prompt(model, cache, prompts, seen, encode=encode, synced=synced, to_come=to_come)
@@ -82,7 +84,7 @@ def read_prompts(
 
 
 def _pieces(ids: Tensor, mask: Tensor, ends: Sequence[Sequence[int]]) -> list[tuple[Tensor, Tensor]]:
-    """Rows (B, T) up to where each one ends, from there to the next end, and the rest: each piece with its mask."""
+    """Split rows (B, T) at each of ``ends``, which are counted in real tokens; returns each piece with its mask."""
     if not ends:
         return [(ids, mask)]
     lengths = mask.sum(dim=1).tolist()
@@ -105,7 +107,7 @@ def left_padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _as_long_as_any(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Both padded on the left to the most columns that a process has."""
+    """Pad both on the left to the largest number of columns in any process."""
     missing = most_of_all(ids.shape[1], ids.device) - ids.shape[1]
     ids, mask = (torch.nn.functional.pad(each, (missing, 0)) for each in (ids, mask))
     return ids, mask
