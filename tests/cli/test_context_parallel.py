@@ -19,10 +19,10 @@ CONTEXT = "trainer.strategy.init_args.context"
     [
         (["--trainer.devices", "1"], [f"{CONTEXT}: 2 is not allowed", "a divisor of 1, the number of devices"]),
         ([f"--{CONTEXT}", "0"], ["context", "an integer >= 1"]),
-        (["--model.lrsa.lag_size", "1024"], [f"{CONTEXT}: 2", "rows need 4096 tokens, two partitions for each device"]),
+        (["--model.lrsa.lag_size", "1024"], [f"{CONTEXT}: 2", "devices need rows of 4096 tokens, two partitions each"]),
         (["--data.init_args.packing", "{tokens: 1000}", "--model.lrsa.lag_size", "512"],
          [f"{CONTEXT}: 2", "data.init_args.packing.tokens is 1000"]),
-        (["--model.lrsa.system", "FreqKV"], [f"{CONTEXT}: FreqKV chooses from the keys of all devices"]),
+        (["--model.lrsa.system", "FreqKV"], [f"{CONTEXT}: FreqKV selects from the keys of all devices"]),
     ],
     ids=["no divisor", "none", "short rows", "short packed rows", "a system"],
 )  # fmt: skip

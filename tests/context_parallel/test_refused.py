@@ -22,7 +22,7 @@ def inputs():
 
 def test_a_system_that_chooses_from_all_keys_is_refused_by_name(inputs):
     model = enable(tiny_model(), LRSAConfig(system=FreqKV()))
-    with refused("context", reason="FreqKV chooses from the keys of all devices"):
+    with refused("context", reason="FreqKV selects from the keys of all devices"):
         model(**inputs)
 
 

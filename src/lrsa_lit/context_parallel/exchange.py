@@ -21,13 +21,13 @@ from lrsa_lit.context_parallel.share_plan import Gather, Plan, exchange_of
 Group = distributed.ProcessGroup
 
 all_to_all = distributed.all_to_all_single
-# torch 2.13 has renamed them.
+# torch 2.13 renamed them.
 all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
 reduce_scatter = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
 
 
 def with_halos(pairs: Tensor, plan: Plan, group: Group) -> tuple[Tensor, Tensor]:
-    """The halo and the own pairs (B, H, rows, W) of each of a rank's two shares, from its own pairs (B, H, Tr, W)."""
+    """Exchange halos: from a rank's pairs (B, H, Tr, W), the halo and pairs (B, H, rows, W) of each of its shares."""
     first, second = _Halos.apply(pairs, plan, group)
     return first, second
 
@@ -61,11 +61,11 @@ class _Halos(torch.autograd.Function):
                 start += size
             own.append(gradient[:, :, start:])
         whole = torch.cat(own, dim=2)
-        # In the order in which the pairs were received.
+        # Restore the order in which the pairs were received.
         parts = [part for _, part in sorted(back, key=lambda pair: pair[0])]
         returned = _all_to_all(parts, whole, mine.incoming, mine.outgoing, group if plan.moves_any else None)
         start = 0
-        # One after the other, so that the sum for a token that several ranks received is deterministic.
+        # Add in a fixed order: several ranks may return gradients of the same token, and the sum must be deterministic.
         for part in mine.sent:
             size = part.stop - part.start
             whole[:, :, part] += returned[:, :, start : start + size]
@@ -103,7 +103,7 @@ class Transfer:
     _summed: Tensor | None = field(default=None, repr=False)
 
     def begin(self, rows: Tensor) -> Tensor:
-        """Start to gather compact rows (B, H, up to ``gather.rows``, W). Only :meth:`end` may use the result."""
+        """Start gathering compact rows (B, H, up to ``gather.rows``, W). Only :meth:`end` may use the result."""
         begun: Tensor = _Begin.apply(rows, self)
         return begun
 
@@ -112,7 +112,7 @@ class Transfer:
         self._under_way[:] = [work, sent]
 
     def wait(self) -> None:
-        """Wait until the transfer is done; on a GPU only the kernels launched afterwards wait."""
+        """Wait until the transfer is done. On a GPU, only kernels that are launched afterwards wait."""
         if self._under_way:
             self._under_way[0].wait()
             self._under_way.clear()
@@ -169,7 +169,7 @@ class _End(torch.autograd.Function):
 
 
 def reached(output: Tensor, *others: Tensor) -> Tensor:
-    """The output, as if it depended on the other tensors: their backward pass must run on each rank, used or not."""
+    """The output, with an autograd dependency on ``others``: their backward pass must run on each rank, used or not."""
     found: Tensor = _Reached.apply(output, *others)
     return found
 

@@ -1,7 +1,7 @@
 """What a rank computes for one of its shares: compressed partitions, and the attention of the share's queries.
 
-Dimensions: B batch, H key-value heads, Hq query heads, G of each key-value head, Ts tokens of the share, Th of the
-halo, D head_dim, w window of the compressor.
+Dimensions: B batch, H key-value heads, Hq query heads, G = Hq / H, Ts tokens of the share, Th tokens of the halo,
+D head_dim, w window of the compressor.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class OneShare:
 
     Args:
         plan: the plan of the row.
-        share: number of the share.
+        share: index of the share.
         query: (B, Hq, Ts, D).
-        key: (B, H, Th + Ts, D), with scores of tokens if the compressor takes some.
+        key: (B, H, Th + Ts, D), with token scores if the compressor takes scores.
         value: (B, H, Th + Ts, D).
         rule: the rule.
-        impl: implementation of the operator.
+        impl: the implementation of the operator.
     """
 
     plan: Plan
@@ -43,28 +43,28 @@ class OneShare:
     impl: Impl
 
     def compressed(self) -> Tensor:
-        """The compact rows (B, H, rows, 2 D) that all ranks gather: keys beside values, one piece after the other."""
+        """The compact rows (B, H, rows, 2 D) that all ranks gather: keys next to values, one piece after the other."""
         parts = [self._compact(piece) for piece in self.parts]
         key, value = joined((self._bare[:, :, :0], self.value[:, :, :0]), *parts)
         return torch.cat([key, value], dim=-1)
 
     @property
     def parts(self) -> list[Piece]:
-        """The pieces of sequences that also lie in other shares."""
+        """The pieces that are only a part of their sequence."""
         return [piece for piece in self._pieces if not self.plan.is_whole(piece)]
 
     def attend_parts(self, compact: Tensor, heads: slice, scale: float) -> list[Tensor]:
-        """The attention (B, h Hq / H, tokens, D) of each of the ``parts``, in h adjacent key-value heads.
+        """The attention (B, h Hq / H, tokens, D) of each of the ``parts`` in h adjacent key-value heads.
 
         Args:
             compact: (B, h, rows, 2 D), the compact rows of all shares.
             heads: which key-value heads.
-            scale: factor of the scores before the softmax.
+            scale: factor of the attention logits.
         """
         return [self._attend(piece, compact, heads, scale) for piece in self.parts]
 
     def attend_whole(self, scale: float) -> Tensor:
-        """The attention (B, Hq, tokens, D) of the sequences that lie within the share; they are adjacent."""
+        """The attention (B, Hq, tokens, D) of the sequences that are entirely in the share; they are adjacent."""
         pieces = [piece for piece in self._pieces if self.plan.is_whole(piece)]
         if not pieces:
             return self.query[:, :, :0]
@@ -80,7 +80,7 @@ class OneShare:
         return output
 
     def joined(self, whole: Tensor, parts: Sequence[Tensor]) -> Tensor:
-        """The outputs (B, Hq, Ts, D) of all queries: those of the ``parts`` before and after the whole sequences'."""
+        """Join the outputs of whole sequences with those of the parts before and after them: (B, Hq, Ts, D)."""
         before = sum(1 for piece in self.parts if piece.start > 0)
         return torch.cat([*parts[:before], whole, *parts[before:]], dim=2)
 
@@ -93,11 +93,11 @@ class OneShare:
         return bare_keys(self.key, self.value, self.rule.compressor)
 
     def _place(self, piece: Piece) -> int:
-        """The index of the piece's first query. Keys have the halo before them."""
+        """The index of the piece's first query in the share. Keys have the halo in front."""
         return self.plan.shares.boundaries[piece.sequence] + piece.start - self.plan.shares.cuts[self.share]
 
     def _raw(self, piece: Piece, start: int) -> slice:
-        """The piece's raw pairs, from a position in its sequence on."""
+        """The piece's raw pairs from position ``start`` of its sequence on, as indices of the keys."""
         halo = self.key.shape[2] - self.query.shape[2]
         zero = halo + self._place(piece) - piece.start
         return slice(zero + start, zero + piece.stop)
@@ -107,7 +107,7 @@ class OneShare:
         return self.query[:, :, place : place + piece.stop - piece.start]
 
     def _compact(self, piece: Piece) -> Pair:
-        """The piece's sinks, if it has some, and the partitions that it compresses."""
+        """The piece's sinks, if it has any, and the pairs kept from the partitions that it compresses."""
         sink = self.rule.sink_size if piece.start == 0 and piece.partitions else 0
         sinks = self._raw(piece, 0).start if sink else 0
         rows = slice(sinks, sinks + sink)
@@ -121,7 +121,7 @@ class OneShare:
         return joined(head, kept)
 
     def _windows(self, piece: Piece) -> Tensor | None:
-        """The last queries (B, H, G, P, w, D) of each partition's reference; references lie in the piece."""
+        """The last queries (B, H, G, P, w, D) of each partition's reference; the references end in the piece."""
         if not self.rule.compressor.window:
             return None
         queries = self._queries(piece)[:, :, window_start(piece.first + 1, self.rule) - piece.start :]

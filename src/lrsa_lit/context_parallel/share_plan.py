@@ -39,7 +39,7 @@ class Piece(NamedTuple):
 
 
 class Move(NamedTuple):
-    """Tokens [start, stop) of the row that one rank sends to another one for the halo of a share."""
+    """Tokens [start, stop) of the row that one rank sends to a rank, another or itself, for the halo of a share."""
 
     sender: int
     receiver: int
@@ -72,10 +72,10 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Gather:
-    """How the compact rows of all ranks are gathered: from each rank those of its front share, then of its back share.
+    """How the compact rows of all ranks are gathered: each rank gives those of its front share, then of its back share.
 
     Attributes:
-        rows: number of rows that each rank gives, with padding; 0 if there is nothing to gather.
+        rows: number of rows that each rank gives, including padding; 0 if there is nothing to gather.
         parts: for each sequence that lies in several shares, the ranges [start, stop) of its rows in the gathered rows.
     """
 
@@ -84,12 +84,12 @@ class Gather:
 
     @property
     def order(self) -> list[tuple[int, int]]:
-        """All ranges, one sequence after the other."""
+        """The ranges of all sequences, one sequence after the other."""
         return list(itertools.chain.from_iterable(self.parts.values()))
 
     @functools.cached_property
     def spans(self) -> dict[int, tuple[int, int]]:
-        """The range of each sequence's rows after they are put in that order."""
+        """The range of each sequence's rows after the rows are put into :attr:`order`."""
         sizes = [sum(stop - start for start, stop in parts) for parts in self.parts.values()]
         return dict(zip(self.parts, itertools.pairwise([0, *itertools.accumulate(sizes)]), strict=True))
 

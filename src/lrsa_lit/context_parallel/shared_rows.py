@@ -1,8 +1,8 @@
 """Attention over rows that several ranks share: each rank holds a part of the tokens.
 
 Each rank compresses the partitions whose references end in its shares. All ranks gather the compact pairs. The raw
-pairs that a query sees are in its share or in the halo before it. So a rank receives K / L of what it would receive in
-ring attention, and the halos. The halo of a dense layer is the whole past.
+pairs that a query sees are in its share or in the halo before it. So a rank receives the halos and K / L of the pairs
+that it would receive in ring attention. The halo of a dense layer is the whole past.
 
 Dimensions: B batch, H key-value heads, Hq query heads, Tr tokens that a rank holds, D head_dim, L lag_size, K top_k.
 """
@@ -25,12 +25,12 @@ from lrsa_lit.ops.sparse_attention import HeadRules, Impl, Rule, through_channel
 from lrsa_lit.ops.sparse_attention.rule import KEEP_ALL
 
 _GATHERS = 4
-"""Gathers of a layer, at most. Nothing runs during the first one, and each needs further kernel launches."""
+"""The most gathers per layer. No attention runs during the first one, and each one adds kernel launches."""
 
 
 @dataclass(frozen=True)
 class SharedRows:
-    """Rows of which each rank of a group holds two shares, and the attention over these rows.
+    """Rows that a group of ranks shares (each rank holds two shares), and the attention over them.
 
     Args:
         shares: the shares of a row. If there are several rows, they all have one sequence and the same length.
@@ -41,13 +41,13 @@ class SharedRows:
     group: distributed.ProcessGroup
 
     def own(self, rows: Tensor) -> Tensor:
-        """This rank's columns of a tensor with a column for each token: (B, T, …) -> (B, Tr, …)."""
+        """This rank's columns of a tensor with one column per token: (B, T, …) -> (B, Tr, …)."""
         return torch.cat([rows[:, start:stop] for start, stop in self.shares.spans(self.group.rank())], dim=1)
 
     def positions(self, device: torch.device) -> Tensor:
         """The position in its sequence of each token that this rank holds: (1, Tr)."""
         found = torch.from_numpy(self.shares.positions(self.group.rank()))[None]
-        # From pageable memory a copy may wait for the device.
+        # Pinned, because a copy from pageable memory may wait for the device.
         return (found.pin_memory() if device.type == "cuda" else found).to(device, non_blocking=True)
 
     def held(self, places: Numbers) -> tuple[Flags, Numbers]:
@@ -58,15 +58,15 @@ class SharedRows:
         self, query: Tensor, key: Tensor, value: Tensor, rule: Rule | HeadRules | None, *, scale: float,
         impl: Impl = "auto"
     ) -> Tensor:  # fmt: skip
-        """The output of ``sparse_attention`` over the whole rows, at this rank's tokens. All ranks must call it.
+        """The output of ``sparse_attention`` over the whole rows, for this rank's tokens. All ranks must call it.
 
         Args:
-            query: (B, Hq, Tr, D), of the tokens of this rank's two shares.
-            key: (B, H, Tr, D), rotated; with scores if the compressor takes some.
+            query: (B, Hq, Tr, D), for the tokens of this rank's two shares.
+            key: (B, H, Tr, D), rotated; with token scores if the compressor takes scores.
             value: (B, H, Tr, D).
-            rule: the rule, or one of each head; None is dense attention.
-            scale: factor of the scores before the softmax.
-            impl: implementation of the operator.
+            rule: the rule, or the rules of the heads; None means dense attention.
+            scale: factor of the attention logits.
+            impl: the implementation of the operator.
 
         Returns:
             (B, Hq, Tr, D) in the query's dtype.
@@ -86,8 +86,8 @@ class SharedRows:
 
 def needs_all_keys(system: object) -> UserError:
     """The error for a system that selects from more than a partition and its reference."""
-    reason = f"{type(system).__name__} chooses from the keys of all devices"
-    return UserError("context", reason=f"{reason}; with shared rows each partition must be judged by one device")
+    reason = f"{type(system).__name__} selects from the keys of all devices"
+    return UserError("context", reason=f"{reason}; with shared rows, one device must score each partition")
 
 
 def _attend(

@@ -1,4 +1,4 @@
-"""Which tokens of a row each rank holds: integers only.
+"""Which tokens of a row each rank holds; pure integer arithmetic.
 
 Symbols: N ranks, T tokens of a row, S sink_size, L lag_size.
 """
@@ -24,12 +24,12 @@ Flags = np.ndarray[tuple[Any, ...], np.dtype[np.bool_]]
 class Shares:
     """A row of packed sequences, cut into 2N shares of consecutive tokens.
 
-    Rank r holds the shares r and 2N - 1 - r. The later a token is, the more keys it sees, so a share from the front and
-    one from the back make equal work.
+    Rank r holds the shares r and 2N - 1 - r. Later tokens see more keys, so one share from the front and one from the
+    back give all ranks about the same work.
 
     Args:
         boundaries: where the sequences start, and the length of the row: 0 … T.
-        cuts: where the shares start, and the length of the row: 2N + 1 numbers, ascending.
+        cuts: where the shares start, and the length of the row: 2N + 1 ascending numbers.
     """
 
     boundaries: tuple[int, ...]
@@ -37,12 +37,12 @@ class Shares:
 
     @classmethod
     def cut(cls, boundaries: Sequence[int], ranks: int, rule: Rule) -> Shares:
-        """Shares of about T / 2N tokens, each of which ends where a partition or a sequence does.
+        """Cut a row into shares of about T / 2N tokens. Each share ends at the end of sinks, a partition or a sequence.
 
-        So each partition is in one share, whose holder needs no more of the one before than its queries see.
+        So each partition is in a single share, and its rank needs only those earlier pairs that its queries see.
 
         Raises:
-            UserError: the row is too short for that.
+            UserError: the row is too short.
         """
         length, count = boundaries[-1], 2 * ranks
         if length < shortest_row(ranks, rule):
@@ -56,7 +56,7 @@ class Shares:
         return len(self.cuts) // 2
 
     def of_rank(self, rank: int) -> tuple[int, int]:
-        """The two shares of a rank, the one from the front first."""
+        """The indices of a rank's two shares; the front share is first."""
         return rank, 2 * self.ranks - 1 - rank
 
     def holder(self, share: int) -> int:
@@ -68,15 +68,15 @@ class Shares:
         return self.cuts[share], self.cuts[share + 1]
 
     def spans(self, rank: int) -> list[tuple[int, int]]:
-        """Those of a rank's two shares, in the order in which it holds them."""
+        """The tokens [start, stop) of a rank's two shares, in the order in which it holds them."""
         return [self.span(share) for share in self.of_rank(rank)]
 
     def sequences(self, start: int, stop: int) -> range:
-        """The numbers of the sequences that have some of the tokens [start, stop)."""
+        """The indices of the sequences that overlap the tokens [start, stop)."""
         return range(bisect.bisect_right(self.boundaries, start) - 1, bisect.bisect_left(self.boundaries, stop))
 
     def positions(self, rank: int) -> Numbers:
-        """(Tr,) the position, in its sequence, of each token that a rank holds."""
+        """(Tr,) the position in its sequence of each token that a rank holds."""
         return np.concatenate(
             [
                 np.arange(max(start, self.boundaries[number]), min(stop, self.boundaries[number + 1]))
@@ -87,14 +87,15 @@ class Shares:
         )
 
     def held(self, places: Numbers, rank: int) -> tuple[Flags, Numbers]:
-        """Of places in rows of T tokens that follow each other, which a rank holds, and where among its own tokens.
+        """Which of some tokens a rank holds, and their indices among its own tokens.
 
         Args:
-            places: (M,), row T + column.
+            places: (M,) flat indices into rows of T tokens: row * T + column.
             rank: the rank.
 
         Returns:
-            (M,) bool, and in the same order the places row Tr + column, in rows of its Tr tokens, of those it holds.
+            (M,) bool, whether the rank holds each token; and the indices row * Tr + own column of the held ones, in the
+            same order.
         """
         rows, columns = np.divmod(places, self.cuts[-1])
         spans = self.spans(rank)
@@ -108,19 +109,19 @@ class Shares:
 
 
 def shortest_row(ranks: int, rule: Rule) -> int:
-    """The fewest tokens of a row that so many ranks can share: two partitions, or twice the sinks, for each."""
+    """The fewest tokens of a row that ``ranks`` ranks can share: for each, two partitions or twice the sinks."""
     return 2 * ranks * max(rule.lag_size, rule.sink_size)
 
 
 def too_short(length: int, ranks: int, rule: Rule, what: str) -> UserError:
-    """The complaint of a row of so many tokens, ``what`` of which they are."""
-    reason = f"rows need {shortest_row(ranks, rule)} tokens, two partitions for each device, and {what} {length}"
-    hint = "pack examples (data.init_args.packing), pad them (data.init_args.pad_to_longest), or share with fewer"
+    """The error for rows of ``length`` tokens; ``what`` begins the clause that tells the length, such as "one has"."""
+    reason = f"devices need rows of {shortest_row(ranks, rule)} tokens, two partitions each, and {what} {length}"
+    hint = "pack examples (data.init_args.packing), pad them (data.init_args.pad_to_longest), or use fewer devices"
     return UserError("context", ranks, reason=reason, hint=hint)
 
 
 def _nearest_end(place: float, boundaries: Sequence[int], rule: Rule) -> int:
-    """The end of a sequence, its sinks or a partition that is nearest to a place; of two the earlier."""
+    """The end of a sequence, of its sinks or of a partition that is nearest to ``place``; the earlier one of two."""
     start, stop = next(pair for pair in itertools.pairwise(boundaries) if pair[1] > place)
     first, lag = start + rule.sink_size, rule.lag_size
     before = first + int((place - first) // lag) * lag
