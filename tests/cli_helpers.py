@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 WHOLE = ["--config", "configs/debug/tiny.yaml"]
-"""The debug config as it is."""
+"""The debug config as it is shipped: eight questions."""
 DEBUG = [*WHOLE, "--config", str(Path(__file__).with_name("short.yaml"))]
-"""The same with fewer questions and shorter answers."""
+"""The same with two questions and shorter answers, which most tests of runs can do with."""
 NO_LOGGER = ["--trainer.logger", "false"]
 STOPS = (signal.SIGINT, signal.SIGTERM)
 

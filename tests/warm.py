@@ -1,7 +1,8 @@
-"""The command ``lrsa`` in processes that need not import the package, which takes each of them seconds.
+"""``lrsa`` in processes that do not import the package themselves: importing takes seconds, each time.
 
-A command line of this file connects to the test that gave it, which has the server of ``processes`` fork the command
-with the files, the folder and the variables of the process that asked. That one hands on signals and ends alike.
+:func:`commands` makes command lines that run this file. Started, it connects to the test process, whose fork server
+runs the command with this process's streams, folder and variables. This process forwards signals and ends with the
+command's exit code or signal. Linux only: the socket has an abstract name.
 """
 
 import contextlib
@@ -17,11 +18,11 @@ HANDED_ON = (signal.SIGINT, signal.SIGTERM)
 
 @contextlib.contextmanager
 def commands():
-    """Yields what makes a command line of the arguments of ``lrsa``; its processes must end within the block."""
+    """Yield a function from arguments of ``lrsa`` to a command line. Commands run one at a time, within the block."""
     import threading
 
     with socket.socket(socket.AF_UNIX) as listener:
-        # A name of no file, which Linux chooses.
+        # Linux chooses an abstract name.
         listener.bind("")
         listener.listen()
         address = listener.getsockname()[1:].decode()
@@ -30,7 +31,7 @@ def commands():
         try:
             yield lambda arguments: [sys.executable, "-S", "-E", __file__, address, *arguments]
         finally:
-            # Not close alone, which leaves the address to an accept that waits.
+            # Closing alone would not wake the thread that waits in accept.
             listener.shutdown(socket.SHUT_RDWR)
             serving.join()
 
@@ -46,13 +47,12 @@ def _serve(listener):
 
 
 def _run(connection):
-    """One command from its beginning to its end."""
+    """Run the command that a connection asks for, and report its process id and exit code."""
     import multiprocessing
     from multiprocessing.connection import Connection, wait
 
-    import processes
+    import processes  # noqa: F401 - it says what the fork server imports
 
-    assert processes.COUNT, "it says what the server of processes imports"
     _, files, _, _ = socket.recv_fds(connection, 1, len(STREAMS))
     with connection.makefile("rw") as asked:
         request = json.loads(asked.readline())
@@ -63,7 +63,7 @@ def _run(connection):
         for stream in streams:
             stream.close()
         print(command.pid, file=asked, flush=True)
-        # A process that was killed asks no longer.
+        # The connection is readable only if the process that asked was killed.
         if connection in wait([command.sentinel, connection]):
             command.kill()
         command.join()
