@@ -129,7 +129,7 @@ def test_a_stopped_fit_goes_on(elsewhere, references, at, capfd, name, kind, key
     with pytest.raises(SystemExit) as stop:
         main(fit.arguments)
     assert stop.value.code == 143
-    assert f"; go on with --ckpt_path {recorded_fit.LAST}" in capfd.readouterr().err
+    assert f"; continue with --ckpt_path {recorded_fit.LAST}" in capfd.readouterr().err
     main([*fit.arguments, "--ckpt_path", "last"])
     assert kill.differences(fit.expected, elsewhere) == []
 
@@ -184,7 +184,7 @@ def test_ctrl_c_waits_for_the_batch(elsewhere, references, at, capfd):
     with interruptible(), pytest.raises(SystemExit) as stop:
         main(fit.arguments)
     assert stop.value.code == 130
-    assert "interrupted at step 8; go on with" in capfd.readouterr().err
+    assert "interrupted at step 8; continue with" in capfd.readouterr().err
     main([*fit.arguments, "--ckpt_path", "last"])
     assert kill.differences(fit.expected, elsewhere) == []
 

@@ -14,7 +14,7 @@ def bad_files():
     record = '{"id": "a", "passages": [{"title": "t", "text": "x"}], "question": "q", "answers": ["x"]}\n'
     laughs = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 9}]\n" for n in range(1, 9))
     yield "broken YAML", ["--config", "x.yaml"], {"x.yaml": "model: ["}, ["--config", "x.yaml", "line 1"]
-    yield "config that is a folder", ["--config", "."], {}, ["--config: . is no file"]
+    yield "config that is a folder", ["--config", "."], {}, ["--config: . is neither a file"]
     yield "config that is a list", ["--config", "x.yaml"], {"x.yaml": "- a"}, ["--config: x.yaml", "list", "mapping"]
     yield "empty config", ["--config", "x.yaml"], {"x.yaml": "# all of it"}, ["--config: x.yaml", "nothing", "mapping"]
     yield (

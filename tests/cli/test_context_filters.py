@@ -57,7 +57,7 @@ def test_flags_take_a_filter_and_none_leaves_no_trace(tmp_path, capfd):
             ["RandomSentences", "--data.filter.tokens", "1"],
             "data.init_args.filter.init_args.tokens: 1 leaves no context",
         ),
-        (["Truncated"], "Truncated is no class that is known here"),
+        (["Truncated"], "Truncated is not a known class"),
     ],
 )
 def test_a_mistake_is_one_line(given, said, capfd):

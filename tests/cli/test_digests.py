@@ -130,13 +130,13 @@ def test_what_does_not_suit_is_refused(capfd, elsewhere):
     told = refusal(capfd, *repeat, "--model.generate_answers", "true")
     assert told.startswith("model.generate_answers: is not allowed with digests: the stage repeat is evaluated")
     told = refusal(capfd, *answer, "--data.init_args.packing", "{tokens: 900}", "--data.init_args.batch_size", "1")
-    assert told == "data.init_args.packing: is not allowed beside model.digests; it must be null"
+    assert told == "data.init_args.packing: is not allowed with model.digests; it must be null"
     told = refusal(capfd, *answer, "--data.init_args.max_tokens", "40000")
     assert told.startswith("data.init_args.max_tokens: 40000 is not allowed; tiny has 8192 positions")
     told = refusal(capfd, *answer, "--estimate")
-    assert told == "model.digests: is for lrsa fit, validate, test and predict alone"
+    assert told == "model.digests: works only with lrsa fit, validate, test and predict"
     told = refusal(capfd, *answer, "--config", "configs/trainer/fsdp.yaml", "--trainer.devices", "1")
-    assert told == "trainer.strategy: cannot train model.digests where the model is sharded"
+    assert told == "trainer.strategy: cannot train model.digests, because it shards the model"
     told = refusal(capfd, "test", *STAGES["answer"], "--budget", "0.2")
     assert told.startswith("budget: 0.2 is not allowed; ICFormer has no size to set")
     told = refusal(capfd, "predict", *STAGES["repeat"], "--ckpt_path", str(first))

@@ -34,7 +34,7 @@ def weights(folder, *options):
 def test_a_fit_without_a_cache_names_the_line_that_makes_it(teacher, tmp_path, capfd, monkeypatch):
     kept = objective(teacher=str(teacher), top_n=8, teacher_dtype="float32", cached=True)
     line = refusal(capfd, "fit", *FIT, *kept)
-    refused, _, made_by = line.partition("; it is made by: lrsa ")
+    refused, _, made_by = line.partition("; make it with: lrsa ")
     assert refused == f"model.objective.teacher: {str(teacher)!r} is not cached"
     main(shlex.split(made_by))
     assert str(tmp_path / "cache" / "data") in capfd.readouterr().out.splitlines()[-2]

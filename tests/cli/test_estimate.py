@@ -120,7 +120,7 @@ def test_the_command_says_what_a_fit_takes_and_leaves_no_trace(tmp_path, capfd, 
     assert "parameters │ 107,200" in shown
     for part in ("trained", "optimizer", "peak", "free on cpu", "fits", "seconds a step", "hours for all steps"):
         assert part in shown
-    assert "not tokenised yet: 400" in shown
+    assert "not tokenised yet, so each example has 400 tokens" in shown
     assert list(tmp_path.iterdir()) == []
 
 

@@ -237,7 +237,7 @@ def test_a_model_is_replaced_when_asked_for_and_nothing_else_is(fit, tmp_path, c
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/letter.txt").write_text("dear")
     capfd.readouterr()
-    refused = [(["empty"], "--force"), (["mine"], "--force"), (["mine", "--force"], "holds no model")]
+    refused = [(["empty"], "--force"), (["mine"], "--force"), (["mine", "--force"], "contains no model")]
     for options, named in [*refused, (["."], "working directory")]:
         assert named in refusal(capfd, "export", checkpoint, "--out", *options)
     assert (tmp_path / "mine/letter.txt").read_text() == "dear"

@@ -114,7 +114,7 @@ def test_gates_of_trained_weights_are_evaluated_on_these(capfd):
 
 def test_what_gates_do_not_go_with_is_told_in_one_line(capfd):
     error = refusal(capfd, "fit", *SHIPPED, "--estimate")
-    assert error == "--estimate: model.head_gates is not estimated"
+    assert error == "--estimate: model.head_gates cannot be estimated"
     error = refusal(capfd, "fit", *SHIPPED, "--model.head_gates.init_args.recent", "0")
     assert error == "model.head_gates.init_args.recent: 0 is not allowed; it must be an integer >= 1"
     error = refusal(capfd, "fit", *SHIPPED, "--model.head_gates.init_args.recent", "900")
@@ -122,7 +122,7 @@ def test_what_gates_do_not_go_with_is_told_in_one_line(capfd):
     error = refusal(capfd, "fit", *SHIPPED, "--model.objective", "LanguageModelLoss")
     assert error == "model.objective: is not allowed with head_gates: only gates are trained"
     error = refusal(capfd, "fit", *SHIPPED, "--config", "configs/trainer/fsdp.yaml", "--trainer.devices", "1")
-    assert error == "trainer.strategy: cannot train model.head_gates where the model is sharded"
+    assert error == "trainer.strategy: cannot train model.head_gates, because it shards the model"
     gates = {"class_path": "lrsa_lit.tasks.HeadGates"}
     changes = {"rows": {"gates": {"model": {"head_gates": gates}}}}
     Path("study.yaml").write_text(yaml.safe_dump(merged(STUDY, changes), sort_keys=False))

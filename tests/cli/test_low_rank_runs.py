@@ -90,7 +90,7 @@ def test_mistakes_are_one_line(options, said, capfd):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ([], "--to: it is needed"),
+        ([], "--to: is required"),
         (["--to", "m", "--model.backbone.low_rank.rank", "3"], "model.backbone.low_rank: is not allowed: moments are"),
         (["--to", "m", "--contexts", "0"], "--contexts: '0' is not allowed"),
     ],

@@ -106,7 +106,7 @@ def test_ctrl_c_says_that_the_command_goes_on(monkeypatch, capfd):
     with interruptible(), pytest.raises(SystemExit) as stop:
         main(SUMMARISE)
     assert stop.value.code == 130
-    assert "lrsa: what is done is kept in s.jsonl; the same command goes on" in capfd.readouterr().err
+    assert "lrsa: s.jsonl keeps finished work; run the same command to continue" in capfd.readouterr().err
 
 
 def test_summaries_of_another_model_are_refused(tmp_path, capfd):
@@ -118,15 +118,15 @@ def test_summaries_of_another_model_are_refused(tmp_path, capfd):
 
 BARE = '{"id": "1", "passages": [{"title": "T", "text": "It rains."}], "question": "Q?", "answers": ["a"]}\n'
 MISTAKES = [
-    (["preference-pairs", "--to", "p", *QUICK], "--judge: it is needed"),
-    (["preference-pairs", "--judge", "tiny", *QUICK], "--to: it is needed"),
+    (["preference-pairs", "--to", "p", *QUICK], "--judge: is required"),
+    (["preference-pairs", "--judge", "tiny", *QUICK], "--to: is required"),
     ([*PAIRS, "--judge", "./no"], "--judge: './no' is not a folder"),
     ([*PAIRS, "--pairs", "1"], "--pairs: '1' is not allowed"),
     ([*PAIRS, "--estimate"], "--estimate: it is not allowed for preference-pairs"),
     ([*PAIRS, "--jugde", "x"], "jugde: no such setting; the nearest are judge"),
     ([*PAIRS, "--data.init_args.train", "bare.jsonl"], "--to: none of 1 questions names supporting_titles"),
-    (["summarise", "--to", "s", *QUICK], "--writer: it is needed"),
-    (["summarise", "--writer", "tiny", *QUICK], "--to: it is needed"),
+    (["summarise", "--to", "s", *QUICK], "--writer: is required"),
+    (["summarise", "--writer", "tiny", *QUICK], "--to: is required"),
     ([*SUMMARISE, "--to", "."], "--to: . is a folder; it must be a file"),
     ([*SUMMARISE, "--estimate"], "--estimate: it is not allowed for summarise"),
     ([*SUMMARISE, "--splits", "dev"], "--splits: invalid choice: 'dev'"),

@@ -161,7 +161,7 @@ def test_seed_changes_the_order_but_not_the_examples(tmp_path):
 def test_interrupt_loses_nothing_and_says_how_to_go_on(tmp_path, capfd):
     with before_step(2, ctrl_c), pytest.raises(SystemExit, match="130"):
         main(["fit", *BRIEF])
-    said = re.search(r"interrupted at step 2; go on with --ckpt_path (\S+)", capfd.readouterr().err)
+    said = re.search(r"interrupted at step 2; continue with --ckpt_path (\S+)", capfd.readouterr().err)
     main(["fit", *BRIEF, "--ckpt_path", said[1]])
     assert "step 4" in capfd.readouterr().out
 

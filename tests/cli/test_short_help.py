@@ -135,18 +135,21 @@ MISTAKES = {
     "no data": (["--model.backbone.source", "tiny"], "data: no data set is named; add --config configs/data/hotpotqa"),
     "missing setting": (
         ["--model.backbone.source", "tiny", "--data", "Mixture"],
-        "data.init_args.data_sets: it is missing; add --config configs/data/",
+        "data.init_args.data_sets: is required; add --config configs/data/",
     ),
     "section": ([*DEBUG, "--modl.lrsa.top_k", "3"], "modl: no such setting; the nearest are model"),
     "key": ([*DEBUG, "--model.lrsa.topk", "3"], "model.lrsa.topk: no such setting; the nearest are model.lrsa.top_k"),
     "key of Lightning": ([*DEBUG, "--trainer.max_step=3"], "trainer.max_step: no such setting"),
     "key of a data set": ([*DEBUG, "--data.tran", "x"], "data.init_args.tran: no such setting; the nearest are train"),
-    "data set": ([*DEBUG, "--data", "QAFile"], "data: QAFile is no class that is known here; the nearest are QAFiles"),
-    "compressor": ([*DEBUG, "--model.lrsa.compressor", "KeyDif"], "model.lrsa.compressor: KeyDif is no class"),
-    "callback": ([*DEBUG, "--trainer.callbacks+", "AnswerWriters"], "trainer.callbacks: AnswerWriters is no class"),
+    "data set": ([*DEBUG, "--data", "QAFile"], "data: QAFile is not a known class; the nearest are QAFiles"),
+    "compressor": ([*DEBUG, "--model.lrsa.compressor", "KeyDif"], "model.lrsa.compressor: KeyDif is not a known class"),
+    "callback": (
+        [*DEBUG, "--trainer.callbacks+", "AnswerWriters"],
+        "trainer.callbacks: AnswerWriters is not a known class",
+    ),
     "data file": ([*DEBUG, "--data.init_args.val", "no.jsonl"], "data.init_args.val: 'no.jsonl' is not an"),
-    "model folder": ([*DEBUG, "--model.backbone.source", "./no"], "model.backbone.source: './no' is no file"),
-    "checkpoint": ([*DEBUG, "--ckpt_path", "no.ckpt"], "ckpt_path: 'no.ckpt' is no file"),
+    "model folder": ([*DEBUG, "--model.backbone.source", "./no"], "model.backbone.source: './no' does not exist"),
+    "checkpoint": ([*DEBUG, "--ckpt_path", "no.ckpt"], "ckpt_path: 'no.ckpt' does not exist"),
     "key in a file": (["--config", "x.yaml"], "--config: x.yaml: model.lrsa.lag: no such setting"),
 }
 

@@ -111,7 +111,7 @@ def test_a_checkpoint_is_evaluated_exported_asked_and_gone_on_from(elsewhere, ca
 
 def test_what_spectra_do_not_go_with_is_told_in_one_line(capfd):
     error = refusal(capfd, "fit", *SHIPPED, "--estimate")
-    assert error == "--estimate: model.spectra is not estimated"
+    assert error == "--estimate: model.spectra cannot be estimated"
     error = refusal(capfd, "fit", *SHIPPED, "--model.spectra.init_args.ratio", "0")
     assert error == "model.spectra.init_args.ratio: 0.0 is not allowed; it must be above 0 and at most 1"
     error = refusal(capfd, "fit", *SHIPPED, "--model.spectra.init_args.ratio", "0.01")
@@ -127,7 +127,7 @@ def test_what_spectra_do_not_go_with_is_told_in_one_line(capfd):
     error = refusal(capfd, "fit", *SHIPPED, "--model.objective.init_args.adapters", "true")
     assert error.startswith("model.objective: a model that trains with dense attention cannot learn from itself")
     error = refusal(capfd, "fit", *SHIPPED, "--config", "configs/trainer/fsdp.yaml", "--trainer.devices", "1")
-    assert error == "trainer.strategy: cannot train model.spectra where the model is sharded"
+    assert error == "trainer.strategy: cannot train model.spectra, because it shards the model"
     one_rate = {"class_path": "torch.optim.lr_scheduler.OneCycleLR", "init_args": {"max_lr": 0.1, "total_steps": 24}}
     Path("rate.yaml").write_text(yaml.safe_dump({"model": {"lr_scheduler": one_rate}}))
     error = refusal(capfd, "fit", *SHIPPED, "--config", "rate.yaml")

@@ -53,7 +53,7 @@ def test_a_model_trains_under_gates_that_stay_the_same(tmp_path, capfd):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ([], "--to: it is needed"),
+        ([], "--to: is required"),
         (["--to", "a.safetensors", "--model.lrsa.system", "KVzip"], "model.lrsa.system: is not allowed"),
         (["--to", "a.safetensors", "--model.lrsa.lag_size", "2000"], "contexts: '0 of 8' is not allowed"),
     ],

@@ -114,7 +114,7 @@ def test_bad_input_is_one_line(arguments, named, store, elsewhere, capfd):
 def test_a_store_without_runs(elsewhere, capfd):
     (elsewhere / "runs").mkdir()
     MlflowClient(f"sqlite:///{elsewhere}/runs/mlflow.db").create_experiment("e")
-    assert "holds no runs yet" in refusal(capfd, "ui")
+    assert "has no runs yet" in refusal(capfd, "ui")
 
 
 def test_a_server_that_dies_while_starting(store, monkeypatch, capfd):
@@ -134,7 +134,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Once).handle_request()
 print("that was all")
 """
     monkeypatch.setattr(ui, "_command", lambda uri, port: [sys.executable, "-c", code, str(port)])
-    assert "has ended by itself" in refusal(capfd, "ui", "--port", "0", "--no-browser")
+    assert "has stopped unexpectedly" in refusal(capfd, "ui", "--port", "0", "--no-browser")
 
 
 def test_the_browser_is_opened_only_where_there_is_a_screen(monkeypatch, capfd):

@@ -264,7 +264,7 @@ def test_ctrl_c_stops_the_fit_in_order_and_keeps_what_is_done(number, fits, runs
     assert "saved" in shown.out
     assert [row[-2] for row in rows(shown.out)[-2:]] == ["finished", "stopped"]
     assert "1 of 3 points finished" in shown.out
-    assert "the same command goes on" in shown.err
+    assert "run the same command to continue" in shown.err
     assert "Traceback" not in shown.err
     assert fits.ran == ["4", "8"]
     status = {name: run.info.status for name, run in runs().items()}

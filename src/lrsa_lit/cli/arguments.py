@@ -1,4 +1,4 @@
-"""What the light commands share: arguments whose mistakes are one line, and an end that leaves no process behind."""
+"""Shared parts of the light commands: one-line errors for arguments, and clean ends after Ctrl-C and SIGTERM."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 from lrsa_lit.errors import UserError, printable
 
 LARGEST = 2**31 - 1
-"""Bound of integers: more than any number of tokens that fits into memory."""
+"""The largest allowed integer, above any number of tokens that fits into memory."""
 Read = TypeVar("Read")
 
 
@@ -25,12 +25,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
-        """Raise what the command line prints in one line."""
+        """Raise the error as a UserError, which the command line prints in one line."""
         raise UserError(message.removeprefix("argument "), reason=f"see {self.prog} --help")
 
 
 def checked(read: Callable[[str], Read], allowed: str) -> Callable[[str], Read]:
-    """A type of argparse: what ``read`` makes of a text; where it raises a ValueError, the text is not allowed."""
+    """Make a type for argparse from ``read``, which raises a ValueError for a text that is not allowed."""
 
     def parse(text: str) -> Read:
         try:
@@ -42,7 +42,7 @@ def checked(read: Callable[[str], Read], allowed: str) -> Callable[[str], Read]:
 
 
 def integer(least: int = -LARGEST, most: int = LARGEST) -> Callable[[str], int]:
-    """A type of argparse: an integer within bounds."""
+    """Make a type for argparse: an integer within bounds."""
 
     def read(text: str) -> int:
         if not least <= (value := int(text)) <= most:
@@ -53,18 +53,18 @@ def integer(least: int = -LARGEST, most: int = LARGEST) -> Callable[[str], int]:
 
 
 def add_plugins(parser: argparse.ArgumentParser) -> None:
-    """The option ``--plugins``, whose value is a list of modules' names."""
-    about = "import a module of yours, whose compressor the model was trained with; may be given several times"
+    """Add the option ``--plugins``, which makes a list of names of modules."""
+    about = "import one of your modules, such as one with the model's compressor; may be repeated"
     parser.add_argument("--plugins", action="append", default=[], metavar="MODULE", help=about)
 
 
 def add_length(parser: argparse.ArgumentParser) -> None:
-    """The option ``--max-new-tokens`` of commands that write summaries."""
+    """Add the option ``--max-new-tokens`` of commands that write summaries."""
     parser.add_argument("--max-new-tokens", metavar="N", type=integer(1), default=256)
 
 
 def without_data(arguments: Sequence[str]) -> list[str]:
-    """The arguments of a run without flags of the data, for a command with other data; files of settings stay."""
+    """Remove ``--data`` flags from a run's arguments, for a command with other data; config files are kept."""
     kept, skipped = [], False
     for argument in arguments:
         flag, assigned, _ = argument.partition("=")
@@ -78,14 +78,14 @@ def without_data(arguments: Sequence[str]) -> list[str]:
 
 
 def add_on(parser: argparse.ArgumentParser) -> None:
-    """The option ``--on``, of commands that run others."""
-    where = "run on a Ray cluster, whose machines share the folders: ray (of this machine) or ray://HOST:PORT"
-    parser.add_argument("--on", metavar="RAY", help=f"{where}; default: one after the other, here")
+    """Add the option ``--on`` of commands that run other commands."""
+    where = "run on a Ray cluster whose machines share the folders: ray (on this machine) or ray://HOST:PORT"
+    parser.add_argument("--on", metavar="RAY", help=f"{where}; default: one after another on this machine")
 
 
 @contextlib.contextmanager
 def called(flags: Mapping[str, str]) -> Iterator[None]:
-    """Name what a command's parts complain about as the command does: ``flags`` has its names of their arguments."""
+    """In a with block, rename fields of UserErrors to a command's options: ``flags`` maps arguments to options."""
     try:
         yield
     except UserError as error:
@@ -110,24 +110,24 @@ def terminable() -> Iterator[None]:
 
 @contextlib.contextmanager
 def kept_if_stopped(path: Path) -> Iterator[None]:
-    """Say where a block that Ctrl-C or SIGTERM ends has left what it did, from which the same command goes on."""
+    """If Ctrl-C or SIGTERM ends the with block, print where the finished work is kept and how to continue."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        print(f"\nlrsa: what is done is kept in {printable(str(path))}; the same command goes on", file=sys.stderr)
+        print(f"\nlrsa: {printable(str(path))} keeps finished work; run the same command to continue", file=sys.stderr)
         raise
 
 
 @contextlib.contextmanager
 def resumable() -> Iterator[None]:
-    """As :func:`terminable`, for a command that goes on when it is given again.
+    """Like :func:`terminable`, for a command that continues when it is run again.
 
     Raises:
-        SystemExit: code 130, behind a line that says so, after Ctrl-C or SIGTERM.
+        SystemExit: code 130 after Ctrl-C or SIGTERM; a line says how to continue.
     """
     try:
         with terminable():
             yield
     except KeyboardInterrupt:
-        print("\nlrsa: interrupted; the same command goes on", file=sys.stderr)
+        print("\nlrsa: interrupted; run the same command to continue", file=sys.stderr)
         raise SystemExit(130) from None

@@ -1,6 +1,6 @@
-"""``lrsa cache``: what the project keeps in its cache, and its removal.
+"""``lrsa cache``: list and clear the project's cache.
 
-Nothing is imported that takes time.
+This module must import quickly.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from lrsa_lit.terminal import PlainConsole
 _DAY = 86400.0
 
 EPILOG = f"""\
-NAME is an entry as the list shows it, a pattern (data/HotpotQA-*), or a kind:
+NAME is the name of an entry in the list, a pattern (data/HotpotQA-*), or a kind:
 {chr(10).join(f"  {kind:<12}{about}" for kind, about in KINDS.items() if kind != "other")}
 
-LRSA_CACHE_DIR says where the cache is; without it, it is ~/.cache/lrsa_lit. Runs, checkpoints and their store are not
-in it. A process that has an entry open keeps what it opened.
+LRSA_CACHE_DIR sets the folder of the cache; the default is ~/.cache/lrsa_lit. Runs, checkpoints and the MLflow store
+are not in it. A process that has opened files of an entry can still read them.
 
 examples:
   lrsa cache
@@ -36,7 +36,7 @@ examples:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Run the command; a mistake, or an entry that may not be removed, is a UserError."""
+    """Run the command; a mistake, or an entry that cannot be removed, is a UserError."""
     options = _parse(arguments)
     found = entries()
     if options.action == "list":
@@ -51,11 +51,11 @@ def run(arguments: Sequence[str]) -> None:
                 raise UserError("cache", entry.name, reason=f"cannot be removed ({error.strerror or error})") from error
         print(f"{'would remove' if options.dry_run else 'removed'} {entry.name} ({readable(entry.size)})", flush=True)
     total = readable(sum(entry.size for entry in chosen))
-    print(f"{len(chosen)} of {len(found)} entries, {total}{' would be free' if options.dry_run else ' freed'}")
+    print(f"{len(chosen)} of {len(found)} entries, {total}{' would be freed' if options.dry_run else ' freed'}")
 
 
 def readable(size: float) -> str:
-    """A number of bytes as people read it."""
+    """Format a number of bytes, such as ``1.5 GiB``."""
     for unit in ("bytes", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.0f} {unit}"
@@ -64,24 +64,24 @@ def readable(size: float) -> str:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = Parser("lrsa cache", description="List what the project's cache holds, or clear it.", epilog=EPILOG)
+    parser = Parser("lrsa cache", description="List or clear the project's cache.", epilog=EPILOG)
     add = parser.add_argument
     add("action", nargs="?", choices=("list", "clear"), default="list", help="default: list")
-    add("names", nargs="*", metavar="NAME", help="what to clear")
+    add("names", nargs="*", metavar="NAME", help="entries to clear")
     add("--all", action="store_true", help=f"clear every entry of these kinds: {', '.join(REMADE)}")
-    add("--older-than", type=checked(_days, "a number of days >= 0"), metavar="DAYS", help="only what was made before")
-    add("--dry-run", action="store_true", help="say what would be removed, and remove nothing")
+    add("--older-than", type=checked(_days, "a number of days >= 0"), metavar="DAYS", help="only older entries")
+    add("--dry-run", action="store_true", help="print what would be removed, and remove nothing")
     add("--json", action="store_true", help="list as JSON")
     options = parser.parse_intermixed_args(arguments)
     clears = options.action == "clear"
     for given, flag in ((options.names, "NAME"), (options.all, "--all"), (options.dry_run, "--dry-run"),
                         (options.older_than is not None, "--older-than")):  # fmt: skip
         if given and not clears:
-            raise UserError(flag, reason="is for `lrsa cache clear` alone")
+            raise UserError(flag, reason="works only with `lrsa cache clear`")
     if clears and options.json:
-        raise UserError("--json", reason="is for `lrsa cache list` alone")
+        raise UserError("--json", reason="works only with `lrsa cache list`")
     if clears and bool(options.names) == options.all:
-        raise UserError("NAME", reason="say what to clear: names, or --all, not both")
+        raise UserError("NAME", reason="give either names of entries or --all")
     return options
 
 
@@ -92,7 +92,7 @@ def _days(text: str) -> float:
 
 
 def _chosen(found: Sequence[Entry], options: argparse.Namespace) -> list[Entry]:
-    """The entries that a command names; a UserError about a name that none has."""
+    """The entries that the options choose; a UserError if a name matches none."""
     names = [*REMADE] if options.all else options.names
     for name in () if options.all else names:
         if name not in KINDS and not any(_is_named(entry, name) for entry in found):

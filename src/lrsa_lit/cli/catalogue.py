@@ -1,4 +1,4 @@
-"""What a run's settings may name: the project's classes by short name, shipped files, and keys; nothing is imported."""
+"""What settings may name: the project's classes by short name, shipped files, and keys; no class is imported."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SLOTS = {
     "model.objective": "objectives",
     "trainer.callbacks": "callbacks",
 }
-"""Settings that take a class, and the kind of it."""
+"""Settings that take a class, and the kind of that class."""
 OTHERS = {
     "model.train_top_k": ("lrsa_lit.tasks.AnnealedTopK", "lrsa_lit.tasks.SampledTopK"),
     "model.head_gates": ("lrsa_lit.tasks.HeadGates",),
@@ -33,8 +33,8 @@ OTHERS = {
     "trainer.strategy": ("lrsa_lit.strategies.FullySharded", "lrsa_lit.strategies.SharedDevice"),
     "trainer.logger": ("lrsa_lit.tracking.MLflowRun",),
 }
-"""Further settings that take a class, and those of this project that they take."""
-# A mapping of settings each, of a class that is not chosen.
+"""Further settings that take a class, and this project's classes for them."""
+# Settings that are a mapping of arguments of a fixed class.
 _PARTS = {
     "model": TASK,
     "model.backbone": "lrsa_lit.models.Backbone",
@@ -51,7 +51,7 @@ _CALLBACKS = (
     *(f"lrsa_lit.analysis.{name}" for name in ("callback", "ablation", "run_pictures", "survival")),
 )
 MODELINE = "# yaml-language-server: $schema="
-"""Begins the comment with which a YAML file names its schema to an editor."""
+"""The start of a comment that tells editors the schema of a YAML file."""
 EVERY_RUN_HAS = {
     "CheckedForm",
     "ExactState",
@@ -61,40 +61,40 @@ EVERY_RUN_HAS = {
     "MonitoredMetrics",
     "RecordConfig",
 }
-"""Callbacks that the command line adds, and nobody names."""
+"""Callbacks that the command line adds to every run."""
 _LIGHTNING = "lightning.pytorch.callbacks"
 _ROOTS = {"Callback", "BasePredictionWriter", "ModelCheckpoint"}
 _OWN = ("config", "c", "help", "help-all", "print_config", "seed_everything", "validate_first", "best_by",
         "estimate", "plugins", "task")  # fmt: skip
 _EVALUATIONS = ("budget", "cache_tokens", "cache-tokens")
-_LENGTH = {"--max-new-tokens N": "most tokens of a summary; 256"}
+_LENGTH = {"--max-new-tokens N": "maximum number of tokens of a summary; default 256"}
 OF_TOOLS = {
     "input-moments": {
-        "--to FILE": "where the moments are written",
-        "--contexts N": "how many prompts of the training split the model reads; 8",
-        "--tokens N": "of each, the first so many; 512",
+        "--to FILE": "file to write the moments to",
+        "--contexts N": "number of training prompts to read; default 8",
+        "--tokens N": "tokens to read from the start of each prompt; default 512",
     },
     "preference-pairs": {
-        "--judge MODEL": "answers the questions with each rewriting: a fit's checkpoint, a folder or a hub name",
-        "--to FOLDER": "where candidates.jsonl, train.jsonl and val.jsonl are written; what is there is not made again",
-        "--pairs N": "how many are made, as far as the training split goes; 300",
-        "--weak": "take passages, too, whose rewritings all fail",
+        "--judge MODEL": "model that answers questions from each rewriting: a fit's checkpoint, a folder or a hub name",
+        "--to FOLDER": "folder for candidates.jsonl, train.jsonl and val.jsonl; existing candidates are reused",
+        "--pairs N": "number of pairs to make, if the training split has enough; default 300",
+        "--weak": "also use passages whose rewritings all fail",
     }
     | _LENGTH,
     "summarise": {
-        "--writer MODEL": "summarises: a fit's checkpoint, a folder or a hub name",
-        "--to FILE": "where the summaries are written; those that are there are not made again",
-        "--splits NAME …": "whose passages are summarised: train, val, test; all that the data set has",
+        "--writer MODEL": "model that summarises: a fit's checkpoint, a folder or a hub name",
+        "--to FILE": "file for the summaries; existing ones are reused",
+        "--splits NAME …": "splits to summarise: train, val, test; default: all splits of the data set",
     }
     | _LENGTH,
-    "token-gates": {"--to FILE": "where the gates are written"},
+    "token-gates": {"--to FILE": "file to write the gates to"},
 }
-"""Options of the tools that take those of a fit besides."""
+"""The own options of tools that also take a fit's options."""
 
 
 @functools.cache
 def named(kind: str) -> dict[str, str]:
-    """The shipped classes of a kind: the dotted path of each by its short name."""
+    """The dotted paths of a kind's shipped classes, by short name."""
     if kind == "callbacks":
         found = {name: path for home in _CALLBACKS for name, path in _exports(home) if source_text.bases(path) & _ROOTS}
         return {name: path for name, path in sorted(found.items()) if name not in EVERY_RUN_HAS}
@@ -113,20 +113,20 @@ def _exports(home: str) -> Iterator[tuple[str, str]]:
 
 
 def added(kind: str) -> dict[str, str]:
-    """Other classes that a kind has: of plugins that are loaded or registered, by name with what is known of them.
+    """Classes of a kind that are not shipped, by name, with a short description.
 
-    Of callbacks those of Lightning.
+    They come from loaded or registered plugins; for callbacks, from Lightning.
     """
     if kind == "callbacks":
         return dict.fromkeys(source_text.exported(_LIGHTNING), _LIGHTNING)
     points = metadata.entry_points(group=f"lrsa_lit.{kind}")
-    return {point.name: f"of {point.value}" for point in points} | {
+    return {point.name: f"from {point.value}" for point in points} | {
         name: (found.__doc__ or "").strip().partition("\n")[0] for name, found in plugins.added(kind).items()
     }
 
 
 def class_of(kind: str, name: object) -> str | None:
-    """The dotted path of a shipped class by its short name or by its path; None where it is none of those."""
+    """The dotted path of a shipped class, given its short name or path; None for any other class."""
     known, text = named(kind), str(name)
     home, _, last = text.rpartition(".")
     within = kind != "callbacks" and f"{home}.".startswith(f"{plugins.KINDS[kind].home}.")
@@ -139,7 +139,7 @@ def keys(path: str) -> Mapping[str, Setting]:
 
 
 def part_of(key: str) -> str | None:
-    """The class whose arguments stand below a key; None where it is chosen, or nothing is known of it."""
+    """The fixed class whose arguments are below a key; None if settings choose the class or the key is unknown."""
     return _PARTS.get(key)
 
 
@@ -150,7 +150,7 @@ def parts() -> tuple[str, ...]:
 
 @functools.cache
 def top_level(command: str) -> frozenset[str]:
-    """The first parts of all keys that a run takes."""
+    """The first components of all keys that a run takes."""
     evaluates = command in ("validate", "test", "predict")
     own = source_text.parameters(TRAINER, command if evaluates else "fit").keys()
     handed_over = {"model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders"}
@@ -161,20 +161,20 @@ def top_level(command: str) -> frozenset[str]:
 
 @functools.cache
 def configs() -> dict[str, Path]:
-    """Shipped YAML by its name below ``configs/``, such as ``model/smollm2.yaml``; studies excepted."""
+    """Shipped YAML files by their name below ``configs/``, such as ``model/smollm2.yaml``, without studies."""
     root = shipped("configs/model/tiny.yaml").parents[1]
     found = {str(path.relative_to(root)): path for path in sorted(root.rglob("*.yaml"))}
     return {name: path for name, path in found.items() if not _first(path).startswith("# lrsa study ")}
 
 
 def about(path: Path) -> str:
-    """The line that says what a shipped file is."""
+    """The description of a shipped file: the comment in its second line, or ""."""
     second = path.read_text(encoding="utf-8").splitlines()[1]
     return second.removeprefix("#").strip() if second.startswith("#") and not second.startswith(MODELINE) else ""
 
 
 def setting_files(key: str, folder: str) -> list[str]:
-    """Shipped files of a folder that set something under a key."""
+    """Shipped files of a folder that set a key."""
     return [
         f"configs/{name}"
         for name, path in configs().items()
@@ -183,7 +183,7 @@ def setting_files(key: str, folder: str) -> list[str]:
 
 
 def value_at(settings: Any, key: str) -> Any:
-    """The value of a dotted key within settings; None where there is none."""
+    """The value of a dotted key within settings; None if it is not set."""
     for name in key.split("."):
         settings = settings.get(name) if isinstance(settings, Mapping) else None
     return settings

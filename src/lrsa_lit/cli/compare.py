@@ -1,4 +1,4 @@
-"""``lrsa compare``: systems, the rule, filters, low ranks and their products at equal cache bytes, same questions."""
+"""``lrsa compare``: compare systems, the rule, filters, low ranks and their products at equal cache bytes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ example:
   lrsa compare --model configs/model/smollm2.yaml --data configs/data/hotpotqa.yaml --budgets 0.25 0.125 \\
     --systems BM25 LoRC LagRelative 'LoRC@0.5*LagRelative' 'BM25@0.5*LagRelative' --limit 200
 
-A product joins factors by *: at most one filter of contexts, LoRC, and one system or compressor. @SHARE fixes what a
-factor leaves of the bytes; the one without it takes what is left of each budget. The two controls of filters, Truncate
-and RandomSentences, come by themselves.
+A product joins factors with *: at most one context filter, LoRC, and one system or compressor. @SHARE sets the share
+of the bytes that a factor keeps; the factor without @SHARE is sized to meet each budget. Filters are compared
+with two controls, Truncate and RandomSentences, automatically.
 
-Evaluated is what is found nowhere in the folder yet: a comparison that was stopped goes on by the same command. Behind
-it is a study, whose file is written into the folder and may be changed and run by `lrsa study`.
+Evaluations whose results are in the folder are not repeated, so the same command continues a stopped comparison. The
+comparison is a study: its file is written into the folder, and you can edit it and run it with `lrsa study`.
 """
 
 
@@ -60,14 +60,14 @@ def run(arguments: Sequence[str]) -> None:
     if runner.results.lines:
         for section in at_budgets.write(study, runner.results.lines, options.to):
             _show(section.at_budgets, section.title)
-            _show(section.holding, f"{section.title}: what holds everything")
+            _show(section.holding, f"{section.title}: systems that hold the whole cache")
         print(f"Report: {options.to / 'README.md'}")
     if runner.failed:
         raise SystemExit(1)
 
 
 def _study_file(options: argparse.Namespace) -> Path:
-    """Write the study."""
+    """Write the file of the study."""
     import yaml
 
     from lrsa_lit.checkpoints import resume
@@ -96,15 +96,15 @@ def _parser() -> Parser:
     add("--data", nargs="+", required=True, metavar="FILE", help="files of settings, each with a data set")
     share = checked(_share, "a number above 0 and at most 1")
     add("--budgets", nargs="+", type=share, default=[0.5, 0.25, 0.125], metavar="SHARE", help="of a dense cache")
-    systems = "systems, compressors, filters and LoRC, NAME or NAME={argument: value}, products as NAME@SHARE*NAME, "
-    systems += "or all that are registered (default: all)"
+    systems = "systems, compressors, filters and LoRC as NAME or NAME={argument: value}, products as NAME@SHARE*NAME, "
+    systems += "or all for all registered ones (default: all)"
     add("--systems", nargs="+", default=["all"], metavar="NAME", help=systems)
-    add("--checkpoint", type=Path, help="weights of a fit of the model, in the place of its own")
-    add("--limit", type=integer(1), help="most questions of each data set")
+    add("--checkpoint", type=Path, help="checkpoint of a fit of the model, whose weights are used")
+    add("--limit", type=integer(1), help="maximum number of questions of each data set")
     add("--lag-size", type=integer(2, LARGEST), default=128, help="L of the rule (default: 128)")
     add("--batch-size", type=integer(1, LARGEST), default=1, help="questions at a time (default: 1)")
-    add("--to", type=Path, default=Path("runs/compare"), help="folder of all that is written (default: runs/compare)")
-    add("--no-mlflow", action="store_true", help="record no runs of MLflow")
+    add("--to", type=Path, default=Path("runs/compare"), help="folder for all output (default: runs/compare)")
+    add("--no-mlflow", action="store_true", help="record no MLflow runs")
     add_on(parser)
     add_plugins(parser)
     return parser

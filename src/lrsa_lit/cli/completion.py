@@ -1,6 +1,6 @@
 """Completion in bash and zsh, by argcomplete: ``eval "$(register-python-argcomplete lrsa)"``.
 
-The parser here only has names, read from the source text: that of the LightningCLI takes seconds to build.
+The parser here has only names, read from the source text, because the LightningCLI's parser takes seconds to build.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ _FLAGS = ("help", "help-all", "estimate", "print_config")
 
 
 def complete(runs: Iterable[str], tools: Iterable[str]) -> None:
-    """Answer the shell, and exit, where it asks for what may follow; else nothing.
+    """If the shell asks for completions, print them and exit; otherwise do nothing.
 
     Args:
         runs: commands with the settings of a run.
-        tools: commands with options of their own, of which the names alone are completed.
+        tools: commands with their own options; only the commands' names are completed.
     """
     if "_ARGCOMPLETE" in os.environ and importlib.util.find_spec("argcomplete") is not None:
         import argcomplete
@@ -64,7 +64,7 @@ def _add_settings(parser: argparse.ArgumentParser, command: str) -> None:
 
 
 def _files(shipped: Iterable[str], prefix: str) -> list[str]:
-    """Shipped files and those of the folder that a prefix names."""
+    """Shipped files and files on disk that start with a prefix."""
     from argcomplete.completers import FilesCompleter
 
     return [*(name for name in shipped if name.startswith(prefix)), *FilesCompleter()(prefix)]

@@ -1,6 +1,6 @@
-"""``lrsa distil-cache …``, with the arguments of ``lrsa fit``: keep what the fit's teacher says of the training split.
+"""``lrsa distil-cache …``, with the arguments of ``lrsa fit``: store a teacher's outputs for the training split.
 
-A fit with ``cached: true`` then reads that in each of its epochs, and so do others of the same data and teacher.
+Fits with ``cached: true`` and the same data and teacher then read these outputs in each epoch.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ def run(arguments: Sequence[str]) -> None:
 
 
 class _DistilCache(FitTool):
-    """Runs the teacher alone."""
+    """Runs only the teacher."""
 
     command = "distil-cache"
 
     def work(self) -> None:
-        """The teacher's pass."""
+        """Run the teacher over the training split and store its outputs."""
         task, data, trainer = self.model, self.datamodule, self.trainer
         distilled = [term for term in task.objective.terms if isinstance(term, Distillation)]
         if not distilled:
-            raise UserError("objective", reason="has no Distillation, whose teacher could be kept")
+            raise UserError("objective", reason="has no Distillation, so there is no teacher")
         with under("objective"):
             teacher = distilled[0].as_cached()
             teacher.check(task.tokenizer)
@@ -37,5 +37,5 @@ class _DistilCache(FitTool):
         device, context = trainer.strategy.root_device, trainer.precision_plugin.forward_context
         folder = teacher.write(data, task.backbone.config.vocab_size, device, context)
         console = PlainConsole()
-        console.say(f"The {teacher.n} likeliest tokens at each position are in {folder}")
-        console.say("Train with them: the same arguments after lrsa fit, with cached: true in the Distillation")
+        console.say(f"The {teacher.n} most likely tokens at each position are in {folder}")
+        console.say("Train with them: lrsa fit with the same arguments, and cached: true in the Distillation")

@@ -1,7 +1,7 @@
-"""Mistyped keys, names and missing files, refused before PyTorch is imported, which takes seconds.
+"""Quick checks for mistyped keys and names and for missing files, before PyTorch is imported, which takes seconds.
 
-What is refused here the parser would refuse as well, or a part as it is built: these checks are the quick ones of them.
-They know no types, and nothing of what plugins add.
+The parser, or a part when it is built, refuses the same mistakes later. These checks know neither types nor the
+settings of plugins' classes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lrsa_lit.paths import PACKAGE_SCHEME, expanded, resolve, shipped
 from lrsa_lit.yaml_file import read_settings
 
 _GROUPS = ("model", "model.backbone", "model.lrsa", "trainer")
-"""Settings in whose place the parser takes a file of them."""
+"""Groups of settings that the parser also reads from a file."""
 _OF_CLASS = ("class_path", "init_args", "dict_kwargs")
 _SPLITS = ("train", "val", "test")
 _READ_NOTHING = ("--print_config", "--help")
@@ -30,15 +30,15 @@ LAST = "last"
 
 
 def check(command: str, arguments: Sequence[str], *, plugins: bool) -> None:
-    """Check what a run is told, the shipped defaults aside.
+    """Check the arguments of a run, but not the shipped defaults.
 
     Args:
-        command: the run.
+        command: the run's command.
         arguments: what follows the command.
-        plugins: whether modules of the user are loaded, whose classes have other names and settings.
+        plugins: whether the user's modules are loaded, whose classes have unknown names and settings.
 
     Raises:
-        UserError: a key or a name is not known, a file is missing, or nothing names a model or a data set.
+        UserError: a key or a name is unknown, a file does not exist, or no model, data set or required setting is set.
     """
     state = _State(command, plugins)
     for origin, settings in _layers(arguments):
@@ -54,7 +54,7 @@ def check(command: str, arguments: Sequence[str], *, plugins: bool) -> None:
 
 
 def _layers(arguments: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The settings of each file and flag in their order, and of a file its name."""
+    """The name and settings of each file, and "" and the setting of each flag, in order."""
     for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
         flag, assigned, value = argument.partition("=")
         value = value if assigned else following
@@ -74,7 +74,7 @@ def _value(text: str) -> Any:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):
         return text
-    # What YAML reads as an empty value is none for a flag without one.
+    # YAML reads empty text as null, but only "null" and "~" set a flag to null.
     return text if value is None and text not in ("null", "~") else value
 
 
@@ -84,24 +84,24 @@ def _nested(names: Sequence[str], value: Any) -> dict[str, Any]:
 
 
 class _State:
-    """What settings have said so far: the class in each slot, and the values that are looked at in the end."""
+    """The settings so far: the class in each slot, and the values that are checked at the end."""
 
     def __init__(self, command: str, plugins: bool) -> None:
         self._command, self._plugins = command, plugins
         self._values: dict[str, Any] = {}
         self._classes: dict[str, str | None] = {}
         self._unread: set[str] = set()
-        """Keys in whose place a file or what nobody can read here stands."""
+        """Keys whose value is a file or an interpolation, which are not read here."""
 
     def take(self, settings: Mapping[str, Any]) -> None:
-        """Check one layer of settings, and keep what it says."""
+        """Check one layer of settings, and keep its values."""
         for name, value in settings.items():
             name = str(name).rstrip("+")
             _known("", name, catalogue.top_level(self._command), lambda: self._everywhere())
             self._descend(name, value)
 
     def check_required(self) -> None:
-        """Refuse a run without a model, a data set, or what this one cannot be without."""
+        """Refuse a run without a model, a data set, or a required setting of the data set."""
         if self._values.get("model.backbone.source") is None and not self._unread & {"model", "model.backbone"}:
             files = catalogue.setting_files("model.backbone.source", "model")
             raise UserError("model.backbone.source", reason="no model is named", hint=_named_by(files))
@@ -112,10 +112,10 @@ class _State:
         for name, setting in catalogue.keys(path).items() if path else ():
             if setting.default is None and f"data.init_args.{name}" not in self._values:
                 hint = _named_by(catalogue.setting_files(f"data.init_args.{name}", "data"))
-                raise UserError(f"data.init_args.{name}", reason="it is missing", hint=hint)
+                raise UserError(f"data.init_args.{name}", reason="is required", hint=hint)
 
     def check_files(self) -> None:
-        """Refuse files that are named and not there."""
+        """Refuse named files that do not exist."""
         source = self._values.get("model.backbone.source")
         if isinstance(source, str) and (source.startswith(PACKAGE_SCHEME) or source.endswith(".gguf")):
             resolve(source, key="model.backbone.source")
@@ -125,12 +125,12 @@ class _State:
             path, key = self._values.get(f"data.init_args.{name}"), f"data.init_args.{name}"
             if not isinstance(path, str) or "${" in path or not self._classes.get("data"):
                 continue
-            # Whether a folder will do is for the data set to say.
+            # The data set decides whether a folder is allowed.
             if path.startswith(PACKAGE_SCHEME) or not expanded(key, path).is_dir():
                 resolve(path, key=key)
         checkpoint = self._values.get("ckpt_path")
         if isinstance(checkpoint, str) and checkpoint != LAST and "${" not in checkpoint:
-            _exists("ckpt_path", checkpoint, f"a checkpoint that a fit has written, or {LAST}")
+            _exists("ckpt_path", checkpoint, f"a checkpoint written by a fit, or {LAST}")
 
     def _descend(self, key: str, value: Any) -> None:
         slot = "data" if key == "data" else key if key in catalogue.SLOTS else None
@@ -149,7 +149,7 @@ class _State:
                 self._descend(f"{key}.{name}", inner)
 
     def _take_class(self, key: str, value: Any) -> None:
-        """A class by its name or as a mapping, or arguments of the one that was named before."""
+        """Take a class by name or as a mapping, or arguments of the class that was named before."""
         if isinstance(value, str) and (os.path.exists(value) or "${" in value):
             self._unread.add(key)
             return
@@ -170,7 +170,7 @@ class _State:
             self._values[f"{key}.init_args.{each}"] = inner
 
     def _named(self, key: str, kind: str, name: object) -> str | None:
-        """The path of a shipped class; None for others, which may be anybody's."""
+        """The path of a shipped class; None for other classes, such as those of plugins."""
         path = catalogue.class_of(kind, name)
         text = str(name)
         others = catalogue.added(kind)
@@ -178,21 +178,21 @@ class _State:
             known = [*catalogue.named(kind), *others]
             nearest = difflib.get_close_matches(text, known, n=3, cutoff=0.5)
             hint = f"the nearest are {', '.join(nearest)}; " if nearest else ""
-            mine = "--plugins MODULE (in YAML, plugins: [MODULE]) would make those of yours known"
-            raise UserError(key, reason=f"{text} is no class that is known here; {hint}{mine}")
+            mine = "--plugins MODULE (in YAML, plugins: [MODULE]) adds your own classes"
+            raise UserError(key, reason=f"{text} is not a known class; {hint}{mine}")
         return path
 
     def _everywhere(self) -> Iterator[str]:
-        """All keys that a mistyped one may have been meant for."""
+        """All keys, to find those nearest to a mistyped one."""
         yield from sorted(catalogue.top_level(self._command))
         for part in catalogue.parts():
             yield from (f"{part}.{name}" for name in catalogue.keys(str(catalogue.part_of(part))))
 
 
 def _known(key: str, name: str, known: Iterable[str], everywhere: Callable[[], Iterable[str]] | None) -> None:
-    """Refuse a name that is none of those that are known below a key.
+    """Refuse a name that is not known below a key.
 
-    The nearest ones are looked for ``everywhere``, by their whole keys, or else among those that are known.
+    The message suggests the nearest whole keys of ``everywhere``, or if that is None the nearest known names.
     """
     if name in set(known):
         return
@@ -204,11 +204,11 @@ def _known(key: str, name: str, known: Iterable[str], everywhere: Callable[[], I
 
 def _exists(key: str, path: str, allowed: str) -> None:
     if not expanded(key, path).exists():
-        raise UserError(key, path, allowed, reason="is no file")
+        raise UserError(key, path, allowed, reason="does not exist")
 
 
 def _named_by(files: Sequence[str], first: str = "configs/model/smollm2.yaml") -> str:
-    """The shipped file that would set something, and how many others there are."""
+    """A hint to add the ``first`` of some shipped files, which also mentions the others."""
     if not files:
         return ""
     file = first if first in files else files[0]

@@ -1,6 +1,6 @@
-"""``lrsa env``: versions, devices, kernels and why, caches and extras, to paste into a bug report.
+"""``lrsa env``: print versions, devices, kernels, caches and extras, for a bug report.
 
-It works where an import fails, and says what failed. Home folders, user names and passwords are left out.
+It also works if an import fails, and prints the error. Home folders, user names and passwords are left out.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _VARIABLES = (
     "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE", "LRSA_CACHE_DIR", "MLFLOW_TRACKING_URI", "OMP_NUM_THREADS",
     "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TORCHDYNAMO_DISABLE", "TRITON_CACHE_DIR", "TRITON_INTERPRET",
 )  # fmt: skip
-"""Variables of the environment that change what a run does."""
+"""Environment variables that affect runs."""
 _FOR_DEVELOPERS = {"dev", "docs", "test"}
-"""Extras that nobody needs to use the project."""
+"""Extras that only developers need."""
 _DTYPES = ("bfloat16", "float16", "float32")
 _DIMS = (64, 128)
 """The usual head sizes."""
@@ -72,14 +72,14 @@ def _system() -> Iterator[tuple[str, str]]:
 
 
 def _requirements(extra: str = "") -> dict[str, tuple[str, bool]]:
-    """The packages that are required here, alone or by an extra: the version of each, and whether it will do."""
+    """The packages that the project or an extra requires: the installed version of each, and whether it is suitable."""
     from packaging.requirements import Requirement
 
     found: dict[str, tuple[str, bool]] = {}
     try:
         lines = metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:
-        return {DISTRIBUTION: ("is not installed as a package, so nothing says what it needs", False)}
+        return {DISTRIBUTION: ("is not installed as a package, so its requirements are unknown", False)}
     for line in lines:
         requirement = Requirement(line)
         marker = requirement.marker
@@ -124,7 +124,7 @@ def _devices() -> Iterator[tuple[str, str]]:
             about = torch.cuda.get_device_properties(index)
             capability = f"compute capability {about.major}.{about.minor}"
             yield f"cuda:{index}", f"{about.name}, {readable(about.total_memory)}, {capability}"
-    # A bug report is for those whose installation is broken, too.
+    # The command must also work on a broken installation.
     except Exception as error:
         yield "torch", f"cannot be used: {_failure(error)}"
 
@@ -136,7 +136,7 @@ def _memory() -> int | None:
 
 
 def _kernels() -> Iterator[tuple[str, str]]:
-    """What the operator itself decides, for the usual kinds of tensors on each device."""
+    """The kernels that the operator chooses for common dtypes and head sizes on each device."""
     try:
         import torch
 
@@ -178,7 +178,7 @@ def _folders() -> Iterator[tuple[str, str]]:
 
 
 def _others(variables: Mapping[str, str]) -> dict[str, Path]:
-    """Caches of the libraries below: where they are unless something else than a variable says otherwise."""
+    """Cache folders of libraries: their defaults, unless environment variables set them."""
     home, of_user = Path.home(), Path(variables.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     hub = Path(variables.get("HF_HOME") or of_user / "huggingface")
     return {
@@ -192,6 +192,6 @@ def _failure(error: BaseException) -> str:
 
 
 def _short(value: object) -> str:
-    """A text without the user's home folder, and without users and passwords of addresses."""
+    """Replace the home folder in a text by ~, and remove user names and passwords from addresses."""
     text, home = redacted(str(value)), str(Path.home())
     return text.replace(home, "~") if len(home) > 1 else text

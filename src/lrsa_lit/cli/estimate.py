@@ -1,9 +1,9 @@
-"""``lrsa fit … --estimate``: what memory and time a fit will take, measured on a few layers of its model.
+"""``lrsa fit … --estimate``: estimate a fit's memory and time from a few layers of its model.
 
-Every layer of a kind costs the same. So the configured training runs for some steps on models of the configured width
-with two and four layers and random weights, and the rest follows: seconds, and the peaks of memory in the passes and in
-the optimizer's step, grow linearly with the layers. Nothing is loaded but the model's config and tokenizer, nothing is
-recorded or written.
+All layers of one kind cost the same. So the configured training runs for some steps on models of the configured width
+with two and four layers and random weights. The seconds and the memory peaks, of the passes and of the optimizer's
+step, are extrapolated linearly to all layers. Only the model's config and tokenizer are loaded, and nothing is recorded
+or written.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from lrsa_lit.tasks import LongContextQA
 _log = logging.getLogger("lrsa_lit")
 _GIB = 2**30
 _FEW = ((2, 4), (1, 2))
-"""Layers of the models that are measured; the second pair where four do not fit."""
+"""Numbers of layers of the measured models; the second pair is used if four layers do not fit."""
 _BATCHES = 1000
-"""Batches of the data that are looked at for their lengths."""
+"""Number of batches whose lengths are read."""
 _ANSWER = 32
-"""Answer tokens of a made-up batch."""
+"""Answer tokens of a synthetic batch."""
 _TRAINER = ("accelerator", "precision", "gradient_clip_val", "gradient_clip_algorithm", "deterministic", "benchmark")
-"""Settings of the trainer that decide what a step costs."""
+"""Settings of the trainer that affect the cost of a step."""
 
 
 class Layers(NamedTuple):
@@ -53,25 +53,26 @@ class Layers(NamedTuple):
 
 
 def estimate(task: LongContextQA, data: QADataModule, trainer: lightning.Trainer, settings: Mapping[str, Any]) -> Table:
-    """What all layers of a configured fit take, worked out from a few of them, as a table.
+    """Estimate the cost of a configured fit from a few layers, as a table.
 
     Args:
-        task: its model not loaded yet.
-        data: its own batches are taken if they were tokenised before, else some of ``max_tokens`` each.
-        trainer: that of the fit, which runs nothing.
-        settings: what it was made with.
+        task: the task, whose model is not loaded yet.
+        data: its batches are used if it is tokenised already, and otherwise a synthetic batch with ``max_tokens`` per
+            example.
+        trainer: the trainer of the fit; it runs nothing.
+        settings: the settings that the trainer was made with.
 
     Raises:
-        UserError: the fit is of a kind that few layers on one device say nothing about, or even they do not fit.
+        UserError: this kind of fit cannot be estimated from a few layers on one device, or even these do not fit.
     """
     if shards_weights(trainer.strategy):
-        reason = "a sharded model is not estimated; see what one device needs without fsdp.yaml"
+        reason = "a sharded model cannot be estimated; estimate one device without fsdp.yaml"
         raise UserError("--estimate", reason=reason)
     if task.backbone.quantization is not None:
-        reason = "model.backbone.quantization is not estimated; it needs the weights themselves"
+        reason = "model.backbone.quantization cannot be estimated, because it needs the real weights"
         raise UserError("--estimate", reason=reason)
     if task.part is not None:
-        reason = f"model.{'spectra' if task.head_gates is None else 'head_gates'} is not estimated"
+        reason = f"model.{'spectra' if task.head_gates is None else 'head_gates'} cannot be estimated"
         raise UserError("--estimate", reason=reason)
     batches, lengths = _batches(data)
     options = {name: settings[name] for name in _TRAINER if settings.get(name) is not None}
@@ -98,23 +99,23 @@ def estimate(task: LongContextQA, data: QADataModule, trainer: lightning.Trainer
     table.add_row("tokens a step", f"{round(tokens):,}")
     table.add_row("seconds a step", f"{seconds:.3g}")
     table.add_row("tokens a second", f"{tokens / seconds:,.0f}")
-    # Validation and waiting for data excluded.
+    # Without validation and waiting for data.
     table.add_row("hours for all steps", "unknown" if hours is None else f"{hours:.2g}")
     layers = " and ".join(f"{sum(few)}" for few in measured)
     table.caption = (
-        f"Measured on models of {layers} layers with random weights; {lengths}. Memory is that of tensors. "
-        "Validation, checkpoints, waiting for data and what devices send each other are not in it."
+        f"Measured on models of {layers} layers with random weights; {lengths}. Memory counts tensors only. "
+        "Validation, checkpoints, waiting for data and communication between devices are not included."
     )
     return table
 
 
 def extrapolate(whole: Layers, measured: Mapping[Layers, Cost]) -> Cost:
-    """The cost of all layers from that of a few.
+    """Extrapolate the cost of all layers from the costs of a few.
 
     Args:
         whole: the layers asked for.
-        measured: of ``whole`` itself; else of two models that differ in one kind of layers and, where ``whole`` has
-            both kinds, of a third one that differs from the first in the other kind.
+        measured: the cost of ``whole`` itself; otherwise of two models that differ in one kind of layers and, if
+            ``whole`` has both kinds, of a third model that differs from the first in the other kind.
     """
     if whole in measured:
         return measured[whole]
@@ -141,14 +142,14 @@ def _measure_few(whole: Layers, measure: Callable[[Layers], Cost]) -> dict[Layer
                 _log.info("Measuring a model of %d layers (%d of %d)", sum(layers), number, len(todo))
                 found[layers] = measure(layers)
             return found
-        # Only now is nobody left who refers to what was allocated.
+        # Only after the with block does nothing refer to the allocated tensors any more.
         release()
     mend = "lower data.init_args.batch_size or max_tokens, or set model.backbone.gradient_checkpointing"
     raise UserError("--estimate", reason=f"even {_FEW[-1][1]} layers do not fit on the device; {mend}")
 
 
 def _to_measure(whole: Layers, few: int, more: int) -> list[Layers]:
-    """Models that tell a layer of each kind from all else; the whole model where that is no larger."""
+    """Models whose differences give the cost of a layer of each kind; the whole model if that is no larger."""
     if sum(whole) <= more:
         return [whole]
     if whole.sparse == 0:
@@ -174,17 +175,17 @@ class _Short(Backbone):
 
 
 def _shortened(task: LongContextQA, layers: Layers) -> LongContextQA:
-    """The task over a model of few layers; all else as configured, the learning rate's schedule excepted."""
+    """The task with a model of few layers; the rest is as configured, except the learning rate's schedule."""
     short = copy.deepcopy(task)
     fields = {field.name: getattr(task.backbone, field.name) for field in dataclasses.fields(Backbone)}
     if (low_rank := task.backbone.low_rank) is not None:
-        # Moments are of all layers, and cost nothing once the factors are made.
+        # Moments cover all layers, and cost nothing once the factors are made.
         fields["low_rank"] = dataclasses.replace(low_rank, whitening=None, sha256=None, dense_layers=())
     short.backbone = _Short(**fields | {"random_weights": True}, layers=sum(layers))
     if task.train_config is not None:
         rule = task.train_config
         if rule.head_top_k is not None:
-            # What a sparse layer costs is linear in K, but for the launches of several groups of heads.
+            # A sparse layer's cost is linear in K, except for the launches of several groups of heads.
             dense, sparse = _layers(task)
             total = (dense + sparse) * mean_top_k(rule, dense + sparse) - dense * rule.lag_size
             rule = rule.replace(top_k=round(total / max(sparse, 1)))
@@ -199,7 +200,7 @@ def _shortened(task: LongContextQA, layers: Layers) -> LongContextQA:
 
 
 def _batches(data: QADataModule) -> tuple[Batches, str]:
-    """Batches as the fit will see them, and where their lengths are from."""
+    """Batches like those of the fit, and a text that says where their lengths come from."""
     if not token_cache.is_built(data.folder("train")):
         example = Example(
             id="",
@@ -212,7 +213,7 @@ def _batches(data: QADataModule) -> tuple[Batches, str]:
             rejected=[5] * min(_ANSWER, data.max_tokens - 1) if data.rejects else [],
         )
         batch = collate_training([example] * data.batch_size, pad_token_id=0)
-        return Batches(batch, [batch]), f"the data is not tokenised yet: {data.max_tokens:,} tokens for each example"
+        return Batches(batch, [batch]), f"the data is not tokenised yet, so each example has {data.max_tokens:,} tokens"
     data.setup("fit")
     found = sorted((batch for _, batch in zip(range(_BATCHES), data.train_dataloader(), strict=False)), key=_area)
     typical = [found[int(len(found) * part)] for part in (1 / 6, 1 / 2, 5 / 6)]
@@ -230,7 +231,7 @@ def _tokens(batch: Any) -> int:
 
 
 def _free(device: torch.device) -> int:
-    """Bytes that a fit could have now."""
+    """Bytes that are free for a fit now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,6 +1,6 @@
 """``lrsa export CKPT --out DIR``: a fit's checkpoint as a folder that transformers loads.
 
-Nothing heavy is imported before the arguments are known to be good.
+Nothing heavy is imported before the arguments are checked.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from lrsa_lit.tracking.model_card import Card
 
 CARD = "README.md"
-"""The card's name in a folder, by which the hub knows it."""
+"""The file name of a model card, as the hub expects it."""
 
 _MODEL_FILES = ("config.json", "adapter_config.json")
-"""One of them stands in every folder that this command writes."""
+"""Every folder that this command writes has one of these files."""
 
 _FLAGS = {
     "model": "CKPT",
@@ -41,17 +41,17 @@ _FLAGS = {
     "push": "--push",
     "tracking_uri": "--store",
 }
-"""What this command calls the arguments of its parts."""
+"""The options of this command for arguments of its parts."""
 _TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 0.15}
-"""How far merging may move the logits (:func:`lrsa_lit.models.folder.difference`): more than rounding did, measured
-with large adapters on the tiny model."""
+"""Largest allowed change of the logits by merging (:func:`lrsa_lit.models.folder.difference`): above the rounding
+errors that were measured with large adapters on the tiny model."""
 
 EPILOG = """\
-CKPT is a file, or the folder that several devices have written (configs/trainer/fsdp.yaml). DIR will hold safetensors,
-the tokenizer and a config.json with the rule as "lrsa": AutoModelForCausalLM loads it, and so do lrsa ask --model and
-model.backbone.source. Adapters are merged into the weights below them.
+CKPT is a file, or a folder written by several devices (configs/trainer/fsdp.yaml). DIR gets safetensors, the tokenizer
+and a config.json with the rule as "lrsa". AutoModelForCausalLM, lrsa ask --model and model.backbone.source load it.
+Adapters are merged into the base weights.
 
---card adds README.md, the model's card, with the scores of the store, and custom_generate/, by which
+--card adds README.md, the model card with scores from the store, and custom_generate/, with which
 model.generate(**inputs, custom_generate=DIR, trust_remote_code=True) decodes under the rule.
 
 examples:
@@ -72,7 +72,7 @@ def run(arguments: Sequence[str]) -> None:
     trained = load_trained(options.checkpoint, options.dtype, trust_remote_code=options.trust_remote_code)
     if options.adapters:
         if trained.backbone.lora is None:
-            raise UserError("--adapters", options.checkpoint, reason="holds all weights and no adapters")
+            raise UserError("--adapters", options.checkpoint, reason="has all weights and no adapters")
         check_holdable(trained.backbone)
     card = _card(trained, options) if options.card else None
     if options.push is not None:
@@ -89,19 +89,19 @@ def run(arguments: Sequence[str]) -> None:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser("lrsa export", description="Write a checkpoint as a folder that transformers loads.", epilog=EPILOG)
     add = parser.add_argument
-    add("checkpoint", metavar="CKPT", type=Path, help="a checkpoint that a fit has written")
-    add("--out", metavar="DIR", type=Path, required=True, help="the folder; it appears only when it is complete")
-    add("--adapters", action="store_true", help="write the LoRA adapters alone, unmerged, as peft loads them")
-    add("--force", action="store_true", help="replace a model that is in the folder already")
+    add("checkpoint", metavar="CKPT", type=Path, help="a checkpoint written by a fit")
+    add("--out", metavar="DIR", type=Path, required=True, help="the output folder; it appears only when it is complete")
+    add("--adapters", action="store_true", help="write only the LoRA adapters, unmerged, in peft's format")
+    add("--force", action="store_true", help="replace an existing model in the folder")
     add("--trust-remote-code", action="store_true", help="run code that comes with the base model")
     add_plugins(parser)
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the one of the training")
-    add("--card", action="store_true", help="add a model card and, of a model with a rule, custom_generate/")
-    add("--license", metavar="ID", help="the card's licence, such as apache-2.0 (default: that of a base model's card)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the dtype of the training")
+    add("--card", action="store_true", help="add a model card and, if the model has a rule, custom_generate/")
+    add("--license", metavar="ID", help="the card's licence, such as apache-2.0 (default: from the base model's card)")
     store = f"the MLflow store with the run's data and scores, for the card (default: {default_uri()})"
     add("--store", metavar="URI", help=store)
-    add("--push", metavar="ORG/NAME", help="put the folder on the Hugging Face hub")
-    add("--private", action="store_true", help="where the repository is made for that: let nobody else see it")
+    add("--push", metavar="ORG/NAME", help="upload the folder to the Hugging Face hub")
+    add("--private", action="store_true", help="if --push creates the repository, make it private")
     options = parser.parse_args(arguments)
     for flag, of, needed in (
         ("--license", options.license, options.card),
@@ -109,31 +109,31 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         ("--private", options.private, options.push),
     ):
         if of and not needed:
-            raise UserError(flag, reason=f"is for {'--push' if flag == '--private' else '--card'} alone")
+            raise UserError(flag, reason=f"works only with {'--push' if flag == '--private' else '--card'}")
     return options
 
 
 def _check_out(out: Path, *, force: bool) -> None:
-    """Refuse to delete what is not ours, or not asked for."""
+    """Refuse to replace anything except a model, and that only with ``--force``."""
     reason = ""
     if out.is_symlink():
         reason = f"is a link to {out.readlink()}; name the folder itself, or remove the link"
     elif out.exists() and not out.is_dir():
-        reason = "is no folder"
+        reason = "is not a folder"
     elif Path.cwd().is_relative_to(out.resolve()):
-        reason = "holds the working directory and cannot be replaced; name another folder"
+        reason = "contains the working directory and cannot be replaced; name another folder"
     elif out.is_dir() and any(out.iterdir()):
         if not force:
             reason = "is not empty; give another folder, or --force to replace the model in it"
         elif not any((out / name).is_file() for name in _MODEL_FILES):
-            reason = "holds no model, and --force replaces nothing else"
+            reason = "contains no model, and --force replaces only models"
     if reason:
         raise UserError("--out", out, reason=reason)
     check_writable("--out", out, out.absolute().parent)
 
 
 def _card(trained: Trained, options: argparse.Namespace) -> Card:
-    """What the model's card is to say."""
+    """The content of the model card, with facts of the run if the store has it."""
     from lrsa_lit.checkpoints.resume import writer_of
     from lrsa_lit.tracking.model_card import Card, license_of
     from lrsa_lit.tracking.run_facts import run_facts
@@ -143,11 +143,11 @@ def _card(trained: Trained, options: argparse.Namespace) -> Card:
     if run_id is not None and (options.store or not is_new(uri)):
         facts = run_facts(existing_uri(uri, "--store"), run_id, "--store")
     if facts is None:
-        what = "names no run" if run_id is None else f"is of the run {run_id}, which {redacted(uri)} does not have"
+        what = "names no run" if run_id is None else f"is from the run {run_id}, which {redacted(uri)} does not have"
         PlainConsole(stderr=True).say(f"{options.checkpoint} {what}: the card has no scores and no data.")
     return Card(
         trained,
-        # Not the path: a card is for others.
+        # Not the path, because others read the card.
         options.push or options.out.absolute().name,
         facts,
         options.license or license_of(trained.backbone.source),
@@ -202,7 +202,7 @@ def _model(trained: Trained, *, merge: bool) -> tuple[Any, Tensor | None]:
 
 
 def _untie(model: Any) -> None:
-    """Give adapted input embeddings and an adapted output head weights of their own: merging changes only one."""
+    """Untie the output head from the input embeddings if either is adapted: merging changes only one of them."""
     from torch import nn
 
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
@@ -213,5 +213,5 @@ def _untie(model: Any) -> None:
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False
-    # Transformers keeps what it ties for when it writes.
+    # save_pretrained leaves out weights that are listed here as tied.
     model.all_tied_weights_keys = {}

@@ -1,4 +1,4 @@
-"""The settings that ``lrsa fit`` would run with, for those who run it later or elsewhere."""
+"""Parse the settings that ``lrsa fit`` would use, for studies and sweeps that run it later or elsewhere."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Made = TypeVar("Made")
 
 
 class FitSettings:
-    """Parses as ``lrsa fit`` does, with one parser for many fits; runs nothing.
+    """Parses settings like ``lrsa fit``, with one parser for many fits; runs nothing.
 
     Raises:
-        UserError: from each method, where a fit would refuse the settings.
+        UserError: from each method, if a fit would refuse the settings.
     """
 
     def __init__(self) -> None:
@@ -38,18 +38,18 @@ class FitSettings:
     def given(
         self, arguments: Sequence[str], overlays: Sequence[Mapping[str, Any]] = (), *, defaults: bool = False
     ) -> dict[str, Any]:
-        """What the shipped defaults, arguments and overlays say.
+        """The settings of the shipped defaults, arguments and overlays.
 
         Args:
             arguments: what follows ``lrsa fit``.
-            overlays: settings over these, the last ones on top.
-            defaults: say all settings of a fit, those as well that only the code has as its defaults.
+            overlays: settings that override these; later ones win.
+            defaults: include settings whose defaults are only in the code.
         """
         key = json.dumps([arguments, overlays, defaults])
         if key not in self._known:
             check_is_question_answering(named([{"task": task_of(arguments)}, *overlays]), "studies and sweeps")
             check_layers([*layers_of(arguments), *overlays])
-            # As files are, overlays are values of --config.
+            # Overlays are values of --config, as files are.
             layers = [part for overlay in overlays for part in ("--config", json.dumps(overlay))]
             try:
                 parsed = self._parser.parse_args([*lightning_arguments("fit", arguments), *layers], defaults=defaults)
@@ -59,12 +59,15 @@ class FitSettings:
                 raise first_user_error(error) or UserError(one_line(str(error))) from None
             self._known[key] = json.dumps(parsed["fit"].as_dict(), default=str)
         settings: dict[str, Any] = json.loads(self._known[key])
-        # The files that they were read from.
+        # The names of the files that they were read from.
         settings.pop("config", None)
         return settings
 
     def made(self, key: str, kind: type[Made], settings: Mapping[str, Any]) -> Made:
-        """What settings describe, which errors call ``key``: arguments of a class, or a ``class_path`` below it."""
+        """Build what settings describe: arguments of ``kind``, or a subclass by its ``class_path``.
+
+        Errors name it ``key``.
+        """
         parser = self._parser_of(kind, named="class_path" in settings)
         with under(key):
             try:
@@ -79,7 +82,7 @@ class FitSettings:
         return made
 
     def _parser_of(self, kind: type, *, named: bool) -> OneLineParser:
-        """The parser of a class's arguments, or of a subclass that is named: to build one takes as long as to parse."""
+        """The parser of a class's arguments, or of a named subclass; cached, because building one is slow."""
         if (kind, named) not in self._parsers:
             parser = OneLineParser(exit_on_error=False)
             (parser.add_subclass_arguments if named else parser.add_class_arguments)(kind, "value")

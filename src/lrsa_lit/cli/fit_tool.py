@@ -1,4 +1,4 @@
-"""What the commands share that take the arguments of ``lrsa fit`` and do something else, on one device."""
+"""The base of commands that take the arguments of ``lrsa fit`` and do something else, on one device."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Item = TypeVar("Item")
 
 
 class FitTool(LRSACLI):
-    """Parses and checks as a fit does, and then does something else.
+    """Parses and checks arguments like a fit, and then does something else.
 
     Args:
         own: the command's own options.
@@ -29,7 +29,7 @@ class FitTool(LRSACLI):
 
     Attributes:
         command: its name.
-        needed: of its own options those that it cannot do without, and what they are.
+        needed: its own options that are required, and what they are.
     """
 
     command: ClassVar[str]
@@ -41,18 +41,18 @@ class FitTool(LRSACLI):
 
     @abstractmethod
     def work(self) -> None:
-        """What it does, on the first process alone; its parts are built by then."""
+        """Do the command's work, on the first process only; its parts are built by then."""
 
     def check(self) -> None:
-        """Refuse what the command does not go with; called before anything is built."""
+        """Refuse settings that the command does not support; called before anything is built."""
 
     def instead(self) -> Callable[[], None] | None:
-        """The work."""
+        """Return the command's work, which replaces the fit."""
         if self.asked("estimate"):
             raise UserError("--estimate", reason=f"it is not allowed for {self.command}; only a fit is estimated")
         for name, what in self.needed.items():
             if getattr(self.own, name) is None:
-                raise UserError(f"--{name}", reason=f"it is needed: {what}")
+                raise UserError(f"--{name}", reason=f"is required: {what}")
         self.check()
         return self._work
 
@@ -61,7 +61,7 @@ class FitTool(LRSACLI):
             self.work()
 
     def file(self) -> Path:
-        """The file of ``--to``, which can be written; a UserError if not."""
+        """The file of ``--to``; a UserError if it cannot be written."""
         path = expanded("--to", self.own.to)
         if path.is_dir():
             raise UserError("--to", path, "a file", reason="is a folder")
@@ -70,13 +70,13 @@ class FitTool(LRSACLI):
 
     @staticmethod
     def shown(title: str) -> Callable[[Iterable[Item]], Iterable[Item]]:
-        """Shows on a terminal how far something iterated over is."""
+        """A function that shows the progress of an iteration on a terminal."""
         console = PlainConsole(stderr=True)
         hidden = not console.is_terminal
         return functools.partial(track, description=title, console=console, transient=True, disable=hidden)
 
 
 def run_tool(tool: type[FitTool], parser: Any, arguments: Sequence[str]) -> None:
-    """Run a command: the parser takes its own options, and a fit's are what is left of the arguments."""
+    """Run a command: the parser takes the command's own options, and the remaining arguments are a fit's."""
     own, others = parser.parse_known_args(arguments)
     run_with(functools.partial(tool, own), prepared("fit", others))

@@ -1,4 +1,4 @@
-"""``lrsa input-moments --to FILE …``, with the arguments of ``lrsa fit``: measure what keys and values are made of.
+"""``lrsa input-moments --to FILE …``, with the arguments of ``lrsa fit``: measure moments of attention inputs.
 
 ``model.backbone.low_rank.whitening`` then takes the file.
 """
@@ -28,21 +28,21 @@ def run(arguments: Sequence[str]) -> None:
 class _InputMoments(FitTool):
     """Runs the model over the first prompts of the training split.
 
-    Each is cut to its first tokens. The model is the one that a fit would begin with, with dense attention.
+    Each is cut to its first tokens. The model is the one that a fit would start from, with dense attention.
     """
 
     command = "input-moments"
     needed: ClassVar[dict[str, str]] = {"to": "the file that the moments are written to"}
 
     def check(self) -> None:
-        """Moments are of a dense model."""
+        """Refuse a model with low-rank factors and an output file that cannot be written."""
         if self.asked("model.backbone.low_rank") is not None:
-            reason = "is not allowed: moments are of a model whose keys and values are not factored yet"
+            reason = "is not allowed: moments are measured before keys and values are factored"
             raise UserError("model.backbone.low_rank", reason=reason, hint="leave it out here")
         self.file()
 
     def work(self) -> None:
-        """The measurement."""
+        """Measure the moments and write them."""
         task, data, trainer, path = self.model, self.datamodule, self.trainer, self.file()
         data.prepare_split("train")
         examples, most = data.open_split("train"), self.own.tokens

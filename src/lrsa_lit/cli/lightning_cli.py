@@ -1,4 +1,4 @@
-"""The command line of question answering, the task that a run is of unless its settings name another."""
+"""The command line of question answering, which is the default task of a run."""
 
 from __future__ import annotations
 
@@ -45,22 +45,22 @@ class LRSACLI(RunCLI):
     }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Settings of this task's runs alone."""
+        """Add settings that only this task's runs have."""
         super().add_arguments_to_parser(parser)
         add = parser.add_argument
-        add("--estimate", action="store_true", help="Say what memory and time the fit will take, and do not start it.")
+        add("--estimate", action="store_true", help="Estimate the memory and time of the fit, and do not start it.")
         if self.arguments[0] in ("validate", "test", "predict"):
-            of = "each attention evaluated, dense aside, by the largest K or size of its system whose cache is no more"
-            add("--budget", type=float | None, default=None, help=f"Set {of} than this share of that of max_tokens.")
-            add("--cache_tokens", "--cache-tokens", type=int | None, default=None, help="The same in tokens.")
+            of = "for each evaluated attention but dense the largest K, or size of its system, whose cache is at most"
+            add("--budget", type=float | None, default=None, help=f"Use {of} this share of a dense one of max_tokens.")
+            add("--cache_tokens", "--cache-tokens", type=int | None, default=None, help="The same limit in tokens.")
 
     def check_settings(self) -> None:
-        """There is always a rule, for evaluations and for what does not train under it."""
+        """Refuse a null rule, because evaluations use the rule even if training does not."""
         if self.asked("model.lrsa") is None:
             raise UserError("model.lrsa", "null", hint="set model.train_attention to null for dense training")
 
     def check_parts(self) -> None:
-        """The model can carry its rules, and has positions for the longest example."""
+        """Check that the model supports its rules and has positions for the longest example."""
         model = self.model
         preflight.check_model(model)
         if self.subcommand != "fit":
@@ -70,18 +70,18 @@ class LRSACLI(RunCLI):
         preflight.check_positions(model, self.datamodule)
         if model.digests is not None:
             if self.instead():
-                raise UserError("model.digests", reason="is for lrsa fit, validate, test and predict alone")
+                raise UserError("model.digests", reason="works only with lrsa fit, validate, test and predict")
             preflight.check_digests(str(self.subcommand), model.digests, self.datamodule)
 
     def check_beginning(self) -> None:
-        """There are answers to generate, weights to begin with and, for a fit, something to train."""
+        """Check what is there: answers to generate, weights to start from and, for a fit, something to train."""
         model = self.model
         if model.generate_answers or self.subcommand == "predict":
             self.datamodule.check_answers(str(self.subcommand))
         checkpoint = self.asked("ckpt_path")
         if checkpoint is not None and model.head_gates is None:
-            # It has all weights that were trained, and it alone says which ranks factors have; beside gates there are
-            # none in it.
+            # The checkpoint has all trained weights, and only it has the ranks of factors. With gates, it has no
+            # weights of the model.
             narrow = model.spectra is None and holds_factors(Path(checkpoint))
             model.start_from = checkpoint if narrow else None
         model.start()
@@ -93,14 +93,14 @@ class LRSACLI(RunCLI):
             self._open_teachers()
 
     def check_examples(self) -> None:
-        """Their parts have other names than attentions, and their contexts can be digested, where they are."""
+        """Check that no part of the data has the name of an attention, and that examples have suitable lengths."""
         preflight.check_parts_of_data(str(self.subcommand), self.model, self.datamodule)
         preflight.check_contexts(str(self.subcommand), self.model, self.datamodule)
         if self.subcommand == "fit":
             preflight.check_rows(self.model, self.datamodule, self.trainer.strategy)
 
     def instead(self) -> Callable[[], None] | None:
-        """The estimate of a fit."""
+        """Return the estimate of a fit if it is asked for."""
         if not self.asked("estimate"):
             return None
         if self.subcommand != "fit":
@@ -118,39 +118,39 @@ class LRSACLI(RunCLI):
         except UserError as error:
             if error.field.startswith("objective."):
                 # The first arguments name the command and the shipped defaults.
-                error.hint = f"it is made by: lrsa distil-cache {shlex.join(self.arguments[3:])}"
+                error.hint = f"make it with: lrsa distil-cache {shlex.join(self.arguments[3:])}"
             raise
 
     def further_callbacks(self) -> list[Callback]:
-        """The record of gates, where they are trained."""
+        """The record of gates, if they are trained."""
         return [] if self.asked("model.head_gates") is None else [GatesRecord()]
 
     def needs_whole_weights(self) -> str:
-        """Gates of heads do, spectra and digests."""
+        """The setting of gates, spectra or digests, if one is given; they need whole weights."""
         parts = ("model.head_gates", "model.spectra", "model.digests")
         return next((part for part in parts if self.asked(part) is not None), "")
 
     def before_fit(self) -> None:
-        """Validate at step 0, without what is the same in each validation."""
+        """Validate at step 0, without measures that are the same in each validation."""
         self.model.logs_measures = False
         super().before_fit()
 
     def show_next(self, checkpoint: str, arguments: Sequence[str]) -> None:
-        """The test, and questions about a text."""
+        """Print the commands for the test and for questions about a text."""
         rewrites = self.model.backbone.source if self.datamodule.rejects else ""
         further = {"tests": "test" in self.datamodule.splits(), "asks": self.model.digests is None}
         show_next(checkpoint, arguments, rewrites=rewrites, **further)
 
     def after_validate(self) -> None:
-        """Close with the scores, part by part."""
+        """Print the scores of each part of the data."""
         show_evaluation(self.trainer, self.model, self.datamodule, "val")
 
     def after_test(self) -> None:
-        """Close with the scores, part by part."""
+        """Print the scores of each part of the data."""
         show_evaluation(self.trainer, self.model, self.datamodule, "test")
 
     def after_predict(self) -> None:
-        """Close with where the answers are."""
+        """Print where the answers are."""
         show_answers(self.trainer)
 
 
@@ -160,7 +160,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def run_with(cli: Callable[[Sequence[str]], object], arguments: Sequence[str]) -> None:
-    """The same, with a command line of one's own."""
+    """Like :func:`run`, with any command line."""
     preflight.quiet_libraries()
     preflight.note_environment()
     try:
@@ -172,7 +172,7 @@ def run_with(cli: Callable[[Sequence[str]], object], arguments: Sequence[str]) -
 
 
 def parser_of(command: str) -> OneLineParser:
-    """The parser of a subcommand's settings, which runs nothing."""
+    """The parser of a subcommand's settings; nothing is run."""
     preflight.quiet_libraries()
     try:
         _ParserAlone([command])

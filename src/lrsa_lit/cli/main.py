@@ -29,27 +29,27 @@ COMMANDS = {
     "test": "evaluate on the test split",
     "predict": "answer the test split's questions into a JSONL file",
 }
-"""Runs of the LightningCLI: one set of options."""
+"""Commands of the LightningCLI; they share their options."""
 
 TOOLS = {
     "ask": "answer your questions about a text file of any length",
-    "cache": "list or clear what the project keeps in its cache",
-    "compare": "hold published systems and the rule against each other, at the same shares of the cache",
-    "distil-cache": "keep what a fit's teacher says of the training data, to train on it in any number of epochs",
-    "env": "say versions, devices, kernels, caches and extras, for a bug report",
+    "cache": "list or clear the project's cache",
+    "compare": "compare published systems and the rule at equal shares of the cache",
+    "distil-cache": "store a teacher's outputs for the training data, to train on them in any number of epochs",
+    "env": "print versions, devices, kernels, caches and extras, for a bug report",
     "eval": "evaluate a model with lm-evaluation-harness, under any rule",
     "export": "write a checkpoint as a folder that transformers loads",
-    "input-moments": "measure what keys and values are made of, for latents of low rank that err less",
-    "preference-pairs": "rewrite passages, and tell by a model's answers which rewritings a summariser should prefer",
-    "schema": "print the JSON schema of the settings, with which editors complete YAML",
-    "serve": "answer chats of many readers at once over OpenAI's interface",
+    "input-moments": "measure moments of attention inputs, for low-rank keys and values with smaller errors",
+    "preference-pairs": "rewrite passages, and make pairs for training a summariser: a model's answers judge them",
+    "schema": "print the JSON schema of the settings, for editors that complete YAML",
+    "serve": "answer chats of many users at once over OpenAI's API",
     "study": "train and evaluate the rows of a study, part by part",
-    "summarise": "write the summaries that the filter Summaries shows in the place of passages",
+    "summarise": "write the summaries that the filter Summaries shows instead of passages",
     "sweep": "fit once for each point of a grid of settings",
-    "token-gates": "fit gates of tokens, for the compressor TokenGate, to what KVzip scores",
+    "token-gates": "fit token gates to KVzip's scores, for the compressor TokenGate",
     "ui": "open the MLflow UI on the recorded runs",
 }
-"""Commands with options of their own: each is a module of that name with a function ``run``."""
+"""Commands with their own options; each is a module of that name with a function ``run``."""
 
 AS_FIT = ("distil-cache", "input-moments", "preference-pairs", "summarise", "token-gates")
 """Tools with the options of a fit."""
@@ -66,18 +66,18 @@ commands:
   --config FILE          YAML, may be given several times; later ones win. A shipped file is found from anywhere:
                          --config configs/model/smollm2.yaml
   --model.lrsa.lag_size L, --model.lrsa.top_k K, --model.lrsa.chunk_size C
-                         the rule: tokens of a partition, kept of it, between two compressions
+                         the rule: tokens of a partition, tokens kept of it, tokens between two compressions
   --model.KEY, --data.KEY, --trainer.KEY, --seed_everything N
                          any other setting of the YAML files
-  --ckpt_path FILE       weights to evaluate, or the run to resume; settings stay what you ask for. "last" takes the
+  --ckpt_path FILE       checkpoint to evaluate or to resume; your settings are not changed by it. "last" takes the
                          newest good checkpoint of the same settings, if there is one
-  --plugins MODULE       import a module of yours, which adds data sets, compressors, …; may be repeated
-  --estimate             say what memory and time a fit will take, and do not start it
+  --plugins MODULE       import one of your modules with data sets, compressors, …; may be repeated
+  --estimate             estimate a fit's memory and time, and do not start it
   --print_config         print the resolved settings and exit
-  --help                 the settings, data sets, compressors, systems and objectives, a line each; --data.help QAFiles
-                         has all of a data set's, --help-all every option
+  --help                 the settings, data sets, compressors, systems and objectives, one line each;
+                         --data.help QAFiles shows all settings of a data set, --help-all shows every option
 
-{as_fit} take the options of fit. {tools} have options of their own, which --help lists.
+{as_fit} take the options of fit. {tools} have their own options, which --help lists.
 
 examples:
   lrsa fit --config configs/model/smollm2.yaml --config configs/data/hotpotqa.yaml --model.lrsa.top_k 16
@@ -87,11 +87,11 @@ examples:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run a command with the arguments of the command line, those of ``sys.argv`` if there are none.
+    """Run a command with arguments of the command line; None takes those of ``sys.argv``.
 
     Raises:
         SystemExit: code 2 after a one-line message for a user's mistake, code 130 after Ctrl-C, code 143 after SIGTERM,
-            code 141 where nobody reads the output any more (``| head``).
+            code 141 if the reader of the output has gone (``| head``).
     """
     if args is None:
         completion.complete((*COMMANDS, *AS_FIT), [name for name in TOOLS if name not in AS_FIT])
@@ -107,7 +107,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except OSError as error:
         if error.filename is not None or _writable(sys.stdout):
             raise
-        # Python writes out what is left once more as it ends.
+        # At exit, Python writes the rest of its buffer again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             raise SystemExit(141) from None
@@ -115,9 +115,9 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _open_streams() -> None:
-    """Replace closed streams by the null device, and let those that are open escape what they cannot encode.
+    """Replace closed streams by the null device, and make stdout escape characters that it cannot encode.
 
-    Without this, the next file to be opened would become stdout, and receive what libraries print.
+    Otherwise the next file to be opened would become stdout, and receive what libraries print.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -127,7 +127,7 @@ def _open_streams() -> None:
             if null != number:
                 os.dup2(null, number)
                 os.close(null)
-        # A missing stdin stays missing: a command that reads it has to say so.
+        # A missing stdin stays None, so that a command that reads it can report it.
         if getattr(sys, name) is None and name != "stdin":
             setattr(sys, name, open(number, "w", encoding="utf-8", errors="backslashreplace", closefd=False))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
@@ -135,7 +135,7 @@ def _open_streams() -> None:
 
 
 def _writable(stream: TextIO) -> bool:
-    """Whether a stream takes one more line, at the end of a failed command's output; one without a file does."""
+    """Whether one more line can be written to a stream; true for a stream without a file."""
     try:
         number = stream.fileno()
     except (OSError, ValueError):
@@ -149,7 +149,7 @@ def _writable(stream: TextIO) -> bool:
 
 def _main(arguments: list[str]) -> None:
     if not sys.stderr.isatty():
-        # What transformers and the hub library load and write would fill a log with half a line for each step.
+        # The progress bars of transformers and the hub library would fill a log.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not arguments or arguments[0] in ("-h", "--help"):
         commands = "\n".join(f"  {name:<16} {text}" for name, text in (COMMANDS | TOOLS).items())
@@ -162,7 +162,7 @@ def _main(arguments: list[str]) -> None:
         print(f"lrsa-lit {lrsa_lit.__version__}")
         return
     if arguments[0] not in COMMANDS | TOOLS:
-        _fail(f"{arguments[0]!r} is no command; there are {', '.join(COMMANDS | TOOLS)}")
+        _fail(f"{arguments[0]!r} is not a command; choose from {', '.join(COMMANDS | TOOLS)}")
     try:
         command, given = arguments[0], arguments[1:]
         if command in TOOLS:
@@ -172,7 +172,7 @@ def _main(arguments: list[str]) -> None:
             importlib.import_module(f"lrsa_lit.cli.{command.replace('-', '_')}").run(given)
             return
         told = prepared(command, given)
-        # Lightning and transformers take seconds to import: not before there is something to run.
+        # Lightning and transformers take seconds to import, so they are imported only now.
         home = task_choice.TASKS[task_of(given)].module
         with _importing(home):
             module = importlib.import_module(home)
@@ -189,15 +189,15 @@ def _main(arguments: list[str]) -> None:
 
 
 def prepared(command: str, arguments: Sequence[str]) -> list[str]:
-    """What the LightningCLI is told, once all is checked that can be before Lightning is imported.
+    """Make the LightningCLI's arguments, after all checks that do not need Lightning.
 
     Args:
         command: the run, or a tool with the options of a fit.
         arguments: what follows it on the command line.
 
     Raises:
-        UserError: something in them is wrong.
-        SystemExit: code 0, where help was asked for and is printed.
+        UserError: an argument is wrong.
+        SystemExit: code 0, after help that was asked for is printed.
     """
     told = lightning_arguments(command, arguments)
     task = task_of(arguments)
@@ -212,7 +212,7 @@ def prepared(command: str, arguments: Sequence[str]) -> list[str]:
 
 @contextlib.contextmanager
 def _importing(module: str) -> Iterator[None]:
-    """No garbage is looked for among what a module brings along: that would be a fifth of the time of a start."""
+    """Disable garbage collection while a module is imported: it would take a fifth of the start-up time."""
     if module in sys.modules:
         yield
         return
@@ -225,7 +225,7 @@ def _importing(module: str) -> Iterator[None]:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    # By its name: torch takes seconds to import.
+    # Compare the name, because importing torch takes seconds.
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
@@ -235,7 +235,7 @@ def _out_of_memory(command: str, error: str) -> str:
     remedy = {
         "ask": "shorten the text, or lower --top-k",
         "fit": "lower data.init_args.batch_size or max_tokens, or set model.backbone.gradient_checkpointing; "
-        "--estimate tells what a fit needs",
+        "--estimate shows what a fit needs",
     }.get(command, "lower data.init_args.eval_batch_size or max_tokens")
     return f"the device is out of memory{f' (it was asked for {asked[1]} more)' if asked else ''}; {remedy}"
 
@@ -246,13 +246,13 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def lightning_arguments(command: str, arguments: Sequence[str]) -> list[str]:
-    """What the LightningCLI is told: the command, the shipped defaults, then the user's arguments.
+    """The LightningCLI's arguments: the command, the shipped defaults, then the user's arguments.
 
-    Config files that are not in the working directory are the shipped ones of that name. Plugins are imported on the
-    way: a parser knows only classes that are there when it reads their names.
+    A config file that does not exist here is looked up among the shipped ones. Plugins are imported here, because a
+    parser knows only classes that are imported before it reads their names.
 
     Raises:
-        UserError: a config file is missing or no YAML, a plugin cannot be loaded, or an argument can have no meaning.
+        UserError: a config file does not exist or is not YAML, a plugin fails to load, or an argument has no meaning.
     """
     found = [command, "--config", str(shipped(task_choice.TASKS[task_of(arguments)].defaults))]
     modules: list[str] = []
@@ -273,12 +273,12 @@ def lightning_arguments(command: str, arguments: Sequence[str]) -> list[str]:
         previous = argument
     modules = list(dict.fromkeys(modules))
     plugins.load(modules)
-    # All of them together; the parser would keep the last list alone.
+    # Pass all of them together, because the parser would keep only the last list.
     return [*found, f"--plugins={json.dumps(modules)}"] if modules else found
 
 
 def task_of(arguments: Sequence[str]) -> str:
-    """The name of the task that a run is of; a UserError if there is none of that name."""
+    """The name of a run's task; a UserError if there is no task of that name."""
     layers = []
     for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
         flag, assigned, value = argument.partition("=")
@@ -291,9 +291,9 @@ def task_of(arguments: Sequence[str]) -> str:
 
 
 def layers_of(arguments: Sequence[str]) -> list[dict[str, Any]]:
-    """The settings of each config file that arguments name, in their order, and last what other flags say of a model.
+    """The settings of each config file, in order, and last those of ``--model`` flags.
 
-    What the parser will refuse may be missing.
+    Settings that the parser will refuse may be missing.
     """
     import yaml
 
@@ -311,11 +311,11 @@ def layers_of(arguments: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _set(settings: dict[str, Any], names: Sequence[str], value: Any) -> None:
-    """Set what is below some names; settings that are there stay, beside those of the value."""
+    """Set a value at a path of names; other settings are kept, and mappings are merged."""
     first, *rest = names
     below = settings.get(first)
     if rest or (isinstance(value, dict) and isinstance(below, dict)):
-        # A class by its name may be followed by its arguments.
+        # A class given by name may be followed by its arguments.
         inner = settings[first] = below if isinstance(below, dict) else {} if below is None else {"class_path": below}
         for name, item in [(rest[0], value)] if rest else value.items():
             _set(inner, [name, *rest[1:]], item)
@@ -324,7 +324,7 @@ def _set(settings: dict[str, Any], names: Sequence[str], value: Any) -> None:
 
 
 def _modules(value: str) -> list[str]:
-    """What a ``--plugins`` names: a module, or a list of them in YAML."""
+    """The modules that a ``--plugins`` value names: one module, or a list in YAML."""
     import yaml
 
     try:
@@ -334,14 +334,14 @@ def _modules(value: str) -> list[str]:
 
 
 def _check_argument(previous: str, argument: str) -> None:
-    """Refuse a NUL, and what the parser would not be done with or not tell: it takes any value for YAML, or a file."""
+    """Refuse values on which the parser would hang or fail unclearly: it reads any value as YAML or as a file."""
     from lrsa_lit.yaml_file import check_bounds
 
     flag, _, value = argument.partition("=") if argument.startswith("--") else (previous, "", argument)
     key = flag.removeprefix("--")
     if "\0" in argument:
-        raise UserError(key, argument, reason="is not allowed (it holds a NUL character)")
-    # Most values are short words and numbers.
+        raise UserError(key, argument, reason="is not allowed (it contains a NUL character)")
+    # Skip most values, which are short words and numbers.
     if "&" in value or "{" in value or value.count("[") > 50:
         check_bounds(key, value)
     if os.path.exists(value):
@@ -353,16 +353,16 @@ def _check_argument(previous: str, argument: str) -> None:
 
 
 def _config(value: str) -> tuple[str, dict[str, Any]]:
-    """The path of a config file and what it holds."""
+    """The path of a config file and its settings."""
     path = Path(value)
     check_path("--config", path)
     if not path.is_file():
         try:
             path = shipped(value if value.startswith("configs/") else f"configs/{value}")
         except FileNotFoundError:
-            reason = "is no file here, nor a shipped one under configs/"
+            reason = "is neither a file here nor a shipped file under configs/"
             raise UserError("--config", Path(value), reason=reason) from None
-    # The parser, which merges all files, no longer knows in which of them, and where, a mistake stands.
+    # The parser merges all files, and then cannot say in which file and line a mistake is.
     from lrsa_lit.yaml_file import read_settings
 
     try:

@@ -31,36 +31,36 @@ FLAGS = {
     name: f"--{name.replace('_', '-')}"
     for name in ("rope_scaling", "template_arguments", "trust_remote_code", *RULE_FLAGS)
 }
-"""What these commands call the arguments of their parts, beside those of the model itself."""
+"""The options of these commands for arguments of their parts, except those of the model itself."""
 
 
 def add_rule(parser: argparse.ArgumentParser) -> None:
-    """Options of the rule, and of attention without one."""
+    """Add the options of the rule, and ``--dense``."""
     add = parser.add_argument
-    # LRSAConfig checks their lower bounds.
+    # LRSAConfig checks the lower bounds.
     rule = "(default: what the model was trained with, else {})"
     add("--lag-size", type=integer(), metavar="L", help=f"tokens of a partition {rule.format('128')}")
     add("--top-k", type=integer(), metavar="K", help=f"tokens kept of each {rule.format('L/4')}")
-    add("--sink-size", type=integer(), metavar="S", help=f"first tokens, all kept {rule.format('16')}")
+    add("--sink-size", type=integer(), metavar="S", help=f"first tokens, which are always kept {rule.format('16')}")
     add("--chunk-size", type=integer(), metavar="C", help=f"tokens between compressions {rule.format('L')}")
-    add("--dense", action="store_true", help="keep everything and attend densely, for comparison")
+    add("--dense", action="store_true", help="use dense attention and keep all tokens, for comparison")
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
-    """Options that decide how a model is loaded."""
+    """Add the options that decide how a model is loaded."""
     add = parser.add_argument
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add_plugins(parser)
     scaling = checked(_scaling, f"yarn:FACTOR or linear:FACTOR, with a FACTOR from 1 to {LARGEST_FACTOR:,}")
-    add("--rope-scaling", type=scaling, metavar="TYPE:FACTOR", help="more positions, as in yarn:4 or linear:2.5")
-    template = "arguments of the model's chat template, as in '{\"enable_thinking\": false}'"
+    add("--rope-scaling", type=scaling, metavar="TYPE:FACTOR", help="more positions, such as yarn:4 or linear:2.5")
+    template = "arguments of the model's chat template, such as '{\"enable_thinking\": false}'"
     add("--template-arguments", type=checked(_json_object, "a JSON object"), metavar="JSON", help=template)
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on CUDA, float32 on CPU")
     add("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
 
 
 def check_rule(options: argparse.Namespace) -> None:
-    """Refuse settings of the rule beside ``--dense``, which reads none."""
+    """Refuse options of the rule with ``--dense``, which ignores them."""
     if ignored := [name for name in RULE_FLAGS if options.dense and getattr(options, name) is not None]:
         raise UserError(FLAGS[ignored[0]], reason="it is not allowed with --dense, which compresses nothing")
 
@@ -74,14 +74,14 @@ def default_backbone() -> dict[str, Any]:
 
 
 def device_of(options: argparse.Namespace) -> torch.device:
-    """The device that the options name, tried out."""
+    """The device that the options name, after a test allocation on it."""
     import torch
 
     count, name = torch.cuda.device_count(), options.device
     try:
         device = torch.device(("cuda" if count else "cpu") if name is None else name)
         torch.empty(1, device=device).item()
-    # Each accelerator's code, and the lack of it, has errors of its own.
+    # Each accelerator, and a missing one, raises different exceptions.
     except Exception:
         allowed = f"cpu, or cuda:0 to cuda:{count - 1}" if count else "cpu here"
         raise UserError("--device", name, allowed) from None
@@ -89,7 +89,7 @@ def device_of(options: argparse.Namespace) -> torch.device:
 
 
 def trained_of(options: argparse.Namespace, device: torch.device) -> Trained:
-    """The model that the options name, or the default one; not loaded. Plugins are imported first."""
+    """The model that the options name, or the default one, not loaded yet. Plugins are imported first."""
     from lrsa_lit.models import Backbone
     from lrsa_lit.models.sources import trained_model
 
@@ -110,19 +110,19 @@ def trained_of(options: argparse.Namespace, device: torch.device) -> Trained:
 def rule_of(
     trained: Trained, options: argparse.Namespace, notes: PlainConsole, others: Mapping[str, Any] | None = None
 ) -> LRSAConfig | None:
-    """The rule that the model was trained with, else the defaults with K = L/4, with what the options change of it.
+    """The rule that the model was trained with, or else the defaults with K = L/4, changed by the options.
 
     Args:
         trained: the model.
         options: those of :func:`add_rule`.
-        notes: where a model is named that was trained with no rule.
-        others: settings of ``model.lrsa`` that go before those of the options.
+        notes: the console that gets a note if the model was not trained with a rule.
+        others: further settings of ``model.lrsa``, which the options override.
 
     Returns:
         None for ``--dense``.
 
     Raises:
-        UserError: the model's rule or the settings are no rule.
+        UserError: the model's rule or the settings are not valid.
     """
     from lrsa_lit.attention import LRSAConfig
     from lrsa_lit.attention.unread import check_read
@@ -155,7 +155,7 @@ def loaded(trained: Trained, rule: LRSAConfig | None, device: torch.device) -> A
     from lrsa_lit.attention import enable
 
     if rule is not None:
-        # Before the weights are loaded.
+        # Check this before the weights are loaded.
         rule.layers.check(trained.backbone.config.num_hidden_layers)
     model: Any = trained.build().eval().to(device)
     return model if rule is None else enable(model, rule)

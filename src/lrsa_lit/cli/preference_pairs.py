@@ -1,4 +1,4 @@
-"""``lrsa preference-pairs --judge MODEL --to FOLDER …``, with the arguments of ``lrsa fit``: pairs of rewritings.
+"""``lrsa preference-pairs --judge MODEL --to FOLDER …``, with the arguments of ``lrsa fit``: make pairs of rewritings.
 
 The model of the settings rewrites the supporting passages of the training split's questions, the judge answers the
 questions with each rewriting, and a fit on the pairs makes a summariser of the model (CoLoR, arXiv 2412.18232).
@@ -33,7 +33,7 @@ from lrsa_lit.terminal import PlainConsole
 
 CANDIDATES = "candidates.jsonl"
 SHARE = 0.1
-"""Of the pairs, that are held out."""
+"""Share of the pairs that is held out."""
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -48,7 +48,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 class _PreferencePairs(FitTool):
-    """Has passages rewritten and judged, and makes pairs of the rewritings."""
+    """Rewrites passages, has the rewritings judged, and makes pairs of them."""
 
     command = "preference-pairs"
     needed: ClassVar[dict[str, str]] = {
@@ -57,14 +57,14 @@ class _PreferencePairs(FitTool):
     }
 
     def check(self) -> None:
-        """The folder can be written, and there is the tagger that one kind of rewriting needs."""
+        """Check that the folder can be written and that the tagger for one kind of rewriting is installed."""
         with named(self.command):
             POSPriorityChunks()
         folder = expanded("--to", self.own.to)
         check_writable("--to", folder, folder)
 
     def work(self) -> None:
-        """The making of the pairs."""
+        """Make the pairs."""
         folder = expanded("--to", self.own.to)
         with growing_file("--to", folder / CANDIDATES) as file, kept_if_stopped(file.path):
             rewritings = self._rewritings(file)
@@ -83,7 +83,7 @@ class _PreferencePairs(FitTool):
         with named("--judge"):
             found = trained_model(self.own.judge, task.backbone.dtype)
             judged_by = digest_of(self.own.judge, found)
-            # Contexts are full, and a rewriting may be longer than its passage.
+            # Contexts may have max_tokens, and a rewriting may be longer than its passage.
             most = data.max_tokens + self.own.max_new_tokens
             judge = PreferenceJudge(found, device, most, data.eval_batch_size)
         start = task.start()._replace(template_arguments=task.template_arguments)
@@ -94,7 +94,7 @@ class _PreferencePairs(FitTool):
         return Rewritings(writer, judge, by, file)
 
     def _made(self, rewritings: Rewritings) -> tuple[list[Mapping[str, Any]], list[PreferencePair]]:
-        """The lines of as many passages as it takes to have the pairs that are asked for, and these."""
+        """Judge passages until there are enough pairs; returns the lines of the passages, and the pairs."""
         lines: list[Mapping[str, Any]] = []
         pairs: dict[PreferencePair, None] = {}
         shown = self.shown("Judging rewritings")
@@ -133,19 +133,19 @@ def _fill(content: bytes, file: IO[bytes]) -> None:
 
 
 def _kind(by: str) -> str:
-    """What made a rewriting, without its number."""
+    """The kind of a rewriting, without its number."""
     return by.partition("-")[0]
 
 
 def _listed(names: Iterable[str]) -> str:
-    """How many there are of each kind, the most first."""
+    """The counts of each kind, largest first."""
     return ", ".join(f"{count} {kind}" for kind, count in Counter(map(_kind, names)).most_common())
 
 
 def _why_none(rewritings: Rewritings, lines: Sequence[object]) -> str:
-    """Why no passage has made a pair."""
+    """The reason why there are no pairs."""
     if lines:
-        return f"no pair among the rewritings of {len(lines)} passages; --weak takes passages that none succeeds for"
+        return f"no pair among the rewritings of {len(lines)} passages; --weak takes those whose rewritings all fail"
     if rewritings.too_long:
-        return f"the judge has positions for none of the questions about {rewritings.too_long} passages"
-    return f"none of {rewritings.without} questions names supporting_titles, whose passages are rewritten"
+        return f"the judge has too few positions for the questions about {rewritings.too_long} passages"
+    return f"none of {rewritings.without} questions has supporting_titles, whose passages are rewritten"

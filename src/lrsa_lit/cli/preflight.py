@@ -1,4 +1,4 @@
-"""What is checked, and silenced, before a run's parts are built: values that Lightning would trip over much later."""
+"""Checks before a run's parts are built, of values on which Lightning would fail much later; silences libraries."""
 
 from __future__ import annotations
 
@@ -38,41 +38,41 @@ _NOISE = (
     ".*does not have many workers.*",
     ".*LeafSpec.*",
     ".*set_vital.*",
-    # The metrics of a validation are of all devices already.
+    # Metrics of a validation are already reduced over all devices.
     ".*when logging on epoch level in distributed setting.*",
-    # The loss is a view of itself, and nobody changes it in place.
+    # The loss is returned as a view, and nothing changes it in place.
     "FSDP2-wrapped module .* returned a view tensor.*",
-    # Evaluating a checkpoint in another folder is no reason for concern.
+    # Evaluating a checkpoint in another folder is harmless.
     "The dirpath has changed.*",
-    # Nor is a resumed run's folder, which holds what it wrote before.
+    # The folder of a resumed run contains its earlier files.
     "Checkpoint directory .* exists and is not empty.*",
 )
 _INTERVALS = ("accumulate_grad_batches", "check_val_every_n_epoch", "log_every_n_steps", "val_check_interval")
 
 
 _OF_LOGGERS = {"WandbLogger": ("wandb",), "TensorBoardLogger": ("tensorboard", "tensorboardX")}
-"""Optional packages of Lightning's loggers, of which one is needed."""
+"""Optional packages of Lightning's loggers; each logger needs one of them."""
 
 
 def check_strategy(subcommand: str, setting: Any, checkpoint: str | None) -> None:
-    """Refuse a checkpoint of a sharded model for a strategy that does not read one, and one that cannot predict."""
+    """Refuse a strategy that cannot train or predict, or cannot read the checkpoint of a sharded model."""
     path = setting.get("class_path") if hasattr(setting, "get") else setting
     # A short name, such as ddp, is one of Lightning's.
     strategy = named_class("trainer.strategy", path, (Strategy,)) if "." in str(path) else Strategy
     if subcommand == "predict" and not getattr(strategy, "predicts", True):
         reason = "is not allowed for predict, where devices get unequal shares"
-        hint = "predict with a model that lrsa export has written, on one device or with configs/trainer/ddp.yaml"
+        hint = "predict with a model written by lrsa export, on one device or with configs/trainer/ddp.yaml"
         raise UserError("trainer.strategy", strategy.__name__, reason=reason, hint=hint)
     if subcommand == "fit" and not getattr(strategy, "trains", True):
-        raise UserError("trainer.strategy", strategy.__name__, hint="it is for validate, test and predict alone")
+        raise UserError("trainer.strategy", strategy.__name__, hint="it works only with validate, test and predict")
     if checkpoint is not None and holds_shards(Path(checkpoint)) and not getattr(strategy, "reads_shards", False):
-        reason = "is of a sharded model, which trainer.strategy is not for"
-        hint = "add --config configs/trainer/fsdp.yaml, or make it a model for model.backbone.source with lrsa export"
+        reason = "is of a sharded model, which trainer.strategy cannot read"
+        hint = "add --config configs/trainer/fsdp.yaml, or convert it with lrsa export for model.backbone.source"
         raise UserError("ckpt_path", checkpoint, reason=reason, hint=hint)
 
 
 def check_model(task: LongContextQA) -> None:
-    """Refuse, by its config alone, a model that cannot carry the rule, and rules for other layers than it has."""
+    """Refuse, by its config, a model that does not support the rule, and rules for layers that it does not have."""
     config = task.backbone.config
     with under("model.backbone"):
         task.backbone.check_low_rank()
@@ -81,15 +81,15 @@ def check_model(task: LongContextQA) -> None:
 
 
 def check_pairs(task: LongContextQA, data: QADataModule) -> None:
-    """Refuse an objective that compares answers where the data has one of each."""
+    """Refuse an objective that compares two answers if the data has only one for each prompt."""
     for term in task.objective.terms:
         if term.needs_rejected and not data.rejects:
             reason = f"{type(term).__name__} needs two answers to each prompt, and {type(data).__name__} has one"
-            raise UserError("model.objective", reason=reason, hint="take data such as lrsa_lit.data.PreferencePairs")
+            raise UserError("model.objective", reason=reason, hint="use data such as lrsa_lit.data.PreferencePairs")
 
 
 def check_context(task: LongContextQA, data: QADataModule, strategy: Strategy) -> None:
-    """Refuse what devices that share rows cannot train."""
+    """Refuse settings with which devices that share rows cannot train."""
     if not isinstance(strategy, FullySharded) or strategy.context == 1:
         return
     with under("trainer.strategy.init_args"):
@@ -100,7 +100,7 @@ def check_context(task: LongContextQA, data: QADataModule, strategy: Strategy) -
 
 
 def check_rows(task: LongContextQA, data: QADataModule, strategy: Strategy) -> None:
-    """Refuse prepared examples that are too short for devices to share them; packed ones make rows of a length."""
+    """Refuse prepared examples that are too short for devices to share; packed examples fill rows of a fixed length."""
     if not isinstance(strategy, FullySharded) or strategy.context == 1 or isinstance(data.policy, Packed):
         return
     data.setup("fit")
@@ -112,26 +112,26 @@ def check_rows(task: LongContextQA, data: QADataModule, strategy: Strategy) -> N
 
 
 def check_positions(task: LongContextQA, data: QADataModule) -> None:
-    """Refuse examples that are longer than the model has positions, answers included; digests take fewer."""
+    """Refuse examples that need more positions than the model has, answers included; digests need fewer."""
     backbone, new = task.backbone, task.max_new_tokens
     positions = getattr(backbone.config, "max_position_embeddings", None) or sys.maxsize
     needed = new + (data.max_tokens if task.digests is None else task.digests.longest(data.max_tokens))
     if needed > positions:
         has = f"{backbone.name} has {positions} positions and model.max_new_tokens takes {new} of them"
         more = f"model.backbone.rope_scaling: {{rope_type: yarn, factor: {math.ceil(needed / positions)}}}"
-        raise UserError("data.init_args.max_tokens", data.max_tokens, hint=f"{has}; more are had by {more}")
+        raise UserError("data.init_args.max_tokens", data.max_tokens, hint=f"{has}; get more by {more}")
 
 
 def check_digests(subcommand: str, digests: Digests, data: QADataModule) -> None:
-    """Refuse digests for what gives no answers from them, and packed examples."""
+    """Refuse to predict in the digests' repeat stage, and digests of packed examples."""
     if subcommand == "predict" and digests.stage == "repeat":
         raise UserError("model.digests.init_args.stage", "repeat", "answer for predict")
     if data.packing is not None:
-        raise UserError("data.init_args.packing", reason="is not allowed beside model.digests", allowed="null")
+        raise UserError("data.init_args.packing", reason="is not allowed with model.digests", allowed="null")
 
 
 def check_contexts(subcommand: str, task: LongContextQA, data: QADataModule) -> None:
-    """Refuse prepared data some of whose examples cannot be digested, or are too long with digests."""
+    """Refuse prepared data if some examples cannot be digested, or are too long with digests."""
     if task.digests is None:
         return
     data.setup(subcommand)
@@ -141,7 +141,7 @@ def check_contexts(subcommand: str, task: LongContextQA, data: QADataModule) -> 
 
 
 def check_parts_of_data(subcommand: str, task: LongContextQA, data: QADataModule) -> None:
-    """Refuse attentions that are named as a data set or task of the prepared data."""
+    """Refuse attentions that have the name of a data set or task in the prepared data."""
     split = {"fit": "val", "validate": "val", "test": "test"}.get(subcommand)
     if split in data.splits():
         data.setup(subcommand)
@@ -150,7 +150,7 @@ def check_parts_of_data(subcommand: str, task: LongContextQA, data: QADataModule
 
 
 def root_folder(trainer: Any) -> Path:
-    """The folder of runs, whose ~ is made a folder for all that read the setting."""
+    """The folder of runs; a leading ~ is also expanded in the setting itself."""
     given = str(trainer.get("default_root_dir") or ".")
     try:
         get_filesystem(given)
@@ -164,7 +164,7 @@ def root_folder(trainer: Any) -> Path:
 
 
 def check_amounts(subcommand: str, trainer: Mapping[str, Any]) -> None:
-    """Refuse a command without a batch, intervals of no batch, and more processes on a CPU than it has cores."""
+    """Refuse limits and intervals of zero batches, and more processes on a CPU than it has cores."""
     stage = {"fit": "train", "validate": "val"}.get(subcommand, subcommand)
     for name in (*_INTERVALS, f"limit_{stage}_batches"):
         value = trainer.get(name)
@@ -177,7 +177,7 @@ def check_amounts(subcommand: str, trainer: Mapping[str, Any]) -> None:
 
 
 def check_loggers(setting: Any) -> None:
-    """Refuse loggers whose package is not installed, which Lightning would say from within a wall of settings."""
+    """Refuse loggers whose package is not installed; Lightning would report it inside a long message."""
     for logger in setting if isinstance(setting, list) else [setting]:
         name = str(getattr(logger, "get", lambda _: "")("class_path")).rpartition(".")[2]
         packages = _OF_LOGGERS.get(name, ())
@@ -187,20 +187,20 @@ def check_loggers(setting: Any) -> None:
 
 
 def note_environment() -> None:
-    """Name the variables that LightningCLI or a Trainer would read as settings: here files and flags alone decide."""
+    """Warn about environment variables that Lightning would read as settings: here only files and flags count."""
     prefixes = ("PL_TRAINER_", *(f"PL_{command}__" for command in ("FIT", "VALIDATE", "TEST", "PREDICT")))
     if ignored := sorted(name for name in os.environ if name.startswith(prefixes)):
-        _log.warning("Not read from the environment: %s; settings are given by --config and flags", ", ".join(ignored))
+        _log.warning("Ignored environment variables: %s; settings are given by --config and flags", ", ".join(ignored))
 
 
 def quiet_libraries() -> None:
-    """Log this project's lines through rich; silence what no user can act on."""
+    """Log this project's messages through rich; silence messages that no user can act on."""
     log_to()
-    # Of several processes one says what all of them do.
+    # Of several processes, only the first one logs.
     first = all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK"))
     if not first:
         logging.getLogger("lrsa_lit").setLevel(logging.WARNING)
-    # Lightning's start-up hints, and retries whose outcome is raised or said anyway.
+    # Lightning's start-up hints, and retries whose outcome is raised or logged anyway.
     hints = "lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"
     for name in (*hints, "urllib3.connectionpool", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)

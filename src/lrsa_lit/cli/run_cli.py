@@ -1,4 +1,4 @@
-"""What runs of all tasks have in common: the links between the parts, and mistakes told in one line."""
+"""The base of all tasks' command lines: it links the parts of a run, and reports mistakes in one line."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from lrsa_lit.tracking.logger import mlflow_run
 from lrsa_lit.uris import register
 
 _log = logging.getLogger("lrsa_lit")
-# What settings make objects of, and where a parser that knows no type would make any.
+# Classes that settings may build: for settings without a type, the parser would build any class.
 _OF_TRAINER = (kind for name in signature(Trainer).parameters for kind in argument_kinds(Trainer, name))
 _KINDS = (
     *{kind for kind in _OF_TRAINER if kind.__module__.startswith("lightning.")},
@@ -58,9 +58,9 @@ class RunCLI(OpenCLI):
 
     Attributes:
         task: what is trained and evaluated.
-        data: the base of what it is trained and evaluated on.
-        kinds: of classes that settings name beyond those of every task.
-        slots: stricter kinds of what some settings make, as :func:`check_classes` has them.
+        data: the base class of its data.
+        kinds: classes that settings may name, beyond those of every task.
+        slots: stricter kinds for some settings, as in :func:`check_classes`.
     """
 
     task: ClassVar[type[LightningModule]]
@@ -82,30 +82,30 @@ class RunCLI(OpenCLI):
             seed_everything_default=0,
             parser_class=OneLineParser,
             # "omegaconf+" resolves ${…} after all files and flags are merged; "omegaconf" would ignore overrides.
-            # Beginnings of names would pass for misspelt ones.
+            # Abbreviations are not allowed, because a misspelt name could be taken for one.
             parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """The one that is asked for: the parser of each takes as long to build as that of all settings."""
+        """Only the requested subcommand, because the parser of each one takes long to build."""
         return {self._asked: super().subcommands()[self._asked]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Settings and links beyond Lightning's own."""
+        """Add settings and links beyond Lightning's own."""
         add = parser.add_argument
-        add("--task", type=Literal[*TASKS], default=QUESTION_ANSWERING, help="What is trained and evaluated.")  # type: ignore[valid-type]
+        add("--task", type=Literal[*TASKS], default=QUESTION_ANSWERING, help="The task to train and evaluate.")  # type: ignore[valid-type]
         first = "Validate before training, so that a fit shows its gain."
         add("--validate_first", type=bool, default=True, help=first)
-        best = "The score of validations that decides the best checkpoint and early stopping."
+        best = "The validation score that decides the best checkpoint and early stopping."
         add("--best_by", type=Literal["f1", "em", "recall", "loss"], default="f1", help=best)
-        plugins = "Modules of yours, which add data sets, filters, compressors, systems or objectives."
+        plugins = "Your modules with data sets, filters, compressors, systems or objectives."
         add("--plugins", type=list[str] | str, default=[], help=plugins)
         parser.link_arguments(TOKENIZER, DATA_TOKENIZER, apply_on="instantiate")
 
     def adapt(self, parser: LightningArgumentParser, subcommand: str) -> None:
-        """Lightning's list of all metrics only on request: an evaluation closes with a table of its own."""
+        """Turn off Lightning's list of all metrics by default, because an evaluation ends with its own table."""
         counts_before_shares(parser)
         if subcommand in ("validate", "test"):
             parser.set_defaults(verbose=False)
@@ -118,10 +118,10 @@ class RunCLI(OpenCLI):
         trainer = self.asked("trainer")
         preflight.check_amounts(str(self.subcommand), trainer)
         preflight.check_loggers(trainer.get("logger"))
-        # What decides the weights, for checkpoints to be compared with.
+        # The settings that decide the weights; checkpoints are compared with them.
         self.settings = resume.settings_of(yaml.safe_load(self.dumped()))
         if self.instead():
-            # It leaves no trace of a run.
+            # It must not leave traces of a run.
             trainer.logger, trainer.callbacks = False, []
             return
         folder = preflight.root_folder(trainer)
@@ -130,30 +130,30 @@ class RunCLI(OpenCLI):
         check_writable("trainer.default_root_dir", folder, folder)
         precision = str(trainer.get("precision") or "")
         if precision in ("bf16-true", "16-true"):
-            # It would round the rotary frequencies too, and with them the long positions.
+            # This would also round the rotary frequencies, and so long positions.
             raise UserError("trainer.precision", precision, hint="use model.backbone.dtype instead")
 
     def instantiate_classes(self) -> None:
-        """Build the parts; what their constructors complain about is the user's to mend."""
+        """Build the parts; errors of their constructors become UserErrors."""
         try:
             super().instantiate_classes()
         except (TypeError, ValueError) as error:
             raise first_user_error(error) or UserError(one_line(str(error))) from error
 
     def check_settings(self) -> None:
-        """Check what only this task's settings can get wrong, before anything of them is built."""
+        """Check this task's own settings, before any part is built."""
 
     def check_parts(self) -> None:
-        """Check what the task and its data must agree on; a run that is not to be has no more than that."""
+        """Check that the task and its data fit together; also called if something else replaces the run."""
 
     def check_beginning(self) -> None:
-        """Check what a run that is to be begins with."""
+        """Check what a run starts from; not called if something else replaces the run."""
 
     def check_examples(self) -> None:
-        """Check what only the prepared examples say, on the first process."""
+        """Check the prepared examples, on the first process only."""
 
     def after_instantiate_classes(self) -> None:
-        """Check what two parts must agree on, and prepare the data, before the run is recorded."""
+        """Check that the parts fit together, and prepare the data, before the run is recorded."""
         self.check_parts()
         if self.instead():
             return
@@ -169,11 +169,11 @@ class RunCLI(OpenCLI):
             self._take_up(Path(checkpoint))
 
     def instead(self) -> Callable[[], None] | None:
-        """What is done in place of the run, if anything is."""
+        """The function that replaces the run, or None."""
         return None
 
     def _take_up(self, checkpoint: Path) -> None:
-        """Go on with the run of a checkpoint, if it is the same run and nobody else has gone on with it."""
+        """Continue the run of a checkpoint, if it is the same run and no other process continues it."""
         found, logger = resume.about(checkpoint), mlflow_run(self.trainer)
         same = resume.check_continues(checkpoint, found, self.settings, self.trainer.world_size)
         if logger is not None and not (found.run and logger.continue_run(found.run, found.step, same)):
@@ -183,10 +183,10 @@ class RunCLI(OpenCLI):
             raise UserError("ckpt_path", reason=reason)
 
     def _check_callbacks(self) -> None:
-        """Let callbacks check what they will need: Lightning asks them for the first time when the run is open."""
+        """Let callbacks check their settings now, because Lightning first calls them after the run is recorded."""
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         if self.subcommand == "predict" and not any(isinstance(each, BasePredictionWriter) for each in callbacks):
-            reason = "predict needs lrsa_lit.callbacks.PredictionWriter, which keeps the answers"
+            reason = "predict needs lrsa_lit.callbacks.PredictionWriter, which writes the answers"
             raise UserError("trainer.callbacks", reason=reason)
         with under("trainer"):
             check_steps(self.trainer)
@@ -209,7 +209,7 @@ class RunCLI(OpenCLI):
             raise
 
     def _choose_checkpoint(self, root: Path) -> None:
-        """Check the checkpoint that was named, or find the one that is meant."""
+        """Check the named checkpoint, or find the last one."""
         options = self.config[str(self.subcommand)]
         path = options.get("ckpt_path")
         if path != resume.LAST:
@@ -224,15 +224,15 @@ class RunCLI(OpenCLI):
         options["ckpt_path"] = found and str(found)
 
     def _run_folders(self, root: Path) -> list[Path]:
-        """Where runs of this configuration save their checkpoints."""
+        """The folders where runs of this configuration save checkpoints."""
         callbacks = self.asked("trainer").get("callbacks") or []
         named = [(callback.get("init_args") or {}).get("dirpath") for callback in callbacks]
         return [root / "checkpoints", *root.glob("*/*/checkpoints"), *(Path(path) for path in named if path)]
 
     def build_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        """Add what every run has, and leave out of a fit what looks at validations by themselves."""
+        """Add what every run has, and leave callbacks that only validate out of a fit."""
         self.graceful_stop = GracefulStop()
-        # The defaults have callbacks of both kinds, which Lightning refuses where they are switched off.
+        # The defaults have callbacks of both kinds, which Lightning refuses if the kind is switched off.
         off = [kind for name, kind in _SWITCHES.items() if config.get(name) is False]
         config["callbacks"] = [each for each in _as_list(config.get("callbacks")) if not isinstance(each, tuple(off))]
         plugins = _as_list(config.get("plugins"))
@@ -247,22 +247,22 @@ class RunCLI(OpenCLI):
         if isinstance(trainer.strategy, FullySharded):
             trainer.strategy.check_devices()
         if shards_weights(trainer.strategy) and (whole := self.needs_whole_weights()):
-            raise UserError("trainer.strategy", reason=f"cannot train {whole} where the model is sharded")
+            raise UserError("trainer.strategy", reason=f"cannot train {whole}, because it shards the model")
         if self.subcommand == "fit":
             kept = [each for each in trainer.callbacks if not getattr(each, "only_validates", False)]  # type: ignore[attr-defined]
             trainer.callbacks = [MonitoredMetrics(), ValidationDuration(), *kept]  # type: ignore[attr-defined]
         return trainer
 
     def further_callbacks(self) -> list[Callback]:
-        """What runs of this task have beside what every run has."""
+        """Callbacks of this task's runs, in addition to those of every run."""
         return []
 
     def needs_whole_weights(self) -> str:
-        """What is trained that sharded weights cannot be used for; empty if there is nothing of the kind."""
+        """What is trained and needs weights that are not sharded; empty if there is nothing of that kind."""
         return ""
 
     def run_subcommand(self, subcommand: str) -> None:
-        """Run it; after Ctrl-C or SIGTERM say where the run can be taken up again."""
+        """Run it; after Ctrl-C or SIGTERM, print how to continue the run."""
         instead = self.instead()
         try:
             with self.graceful_stop.listening():
@@ -276,20 +276,20 @@ class RunCLI(OpenCLI):
             trains = subcommand == "fit" and not instead
             at = f" at step {self.trainer.global_step}" if trains else ""
             saved = last_good(self.trainer) if trains else ""
-            how = f"; go on with --ckpt_path {saved}" if saved else ""
+            how = f"; continue with --ckpt_path {saved}" if saved else ""
             what, code = ("terminated", 143) if isinstance(error, SIGTERMException) else ("interrupted", 130)
             if self.trainer.is_global_zero:
                 print(f"lrsa: {what}{at}{how}", file=sys.stderr)
             raise SystemExit(code) from None
 
     def before_fit(self) -> None:
-        """Validate at step 0; a resumed run has done so."""
+        """Validate at step 0, unless the run is resumed."""
         if self.asked("validate_first") and self.asked("ckpt_path") is None:
             self._validate()
             self._reopen()
 
     def after_fit(self) -> None:
-        """Close with what the training changed, validating once more if it went on after the last validation."""
+        """Print what the training changed; validate once more if there were steps after the last validation."""
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         if summary := next((each for each in callbacks if isinstance(each, ClosingSummary)), None):
             if not summary.history or summary.history[-1][0] != self.trainer.global_step:
@@ -299,7 +299,7 @@ class RunCLI(OpenCLI):
             self._show_next()
 
     def _show_next(self) -> None:
-        """The commands that go on with the checkpoint of a fit."""
+        """Print the commands that use the checkpoint of a fit."""
         saved = self.trainer.checkpoint_callback
         path = getattr(saved, "best_model_path", "") or getattr(saved, "last_model_path", "")
         if path and self.trainer.is_global_zero:
@@ -307,10 +307,10 @@ class RunCLI(OpenCLI):
             self.show_next(path, self.arguments[3:])
 
     def show_next(self, checkpoint: str, arguments: Sequence[str]) -> None:
-        """Print what goes on with a checkpoint of the fit that had these arguments."""
+        """Print commands that use a checkpoint; ``arguments`` are those of its fit."""
 
     def _reopen(self) -> None:
-        """Lightning closes the run after each stage; another one follows."""
+        """Reopen the recorded run, which Lightning closes after each stage, because another stage follows."""
         if (run := mlflow_run(self.trainer)) is not None:
             run.reopen()
 

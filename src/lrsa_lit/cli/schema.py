@@ -1,7 +1,7 @@
 """``lrsa schema``: the JSON schema of a run's settings, with which editors complete and check YAML.
 
-It is made from the parser. A file states only some settings and others add to it, so nothing is required. A number or a
-truth value may also be an interpolation such as ``${model.lrsa.lag_size}``.
+It is made from the parser. A file may set only some settings, so nothing is required. A number or a boolean may also be
+an interpolation such as ``${model.lrsa.lag_size}``.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from lrsa_lit.cli import catalogue
 from lrsa_lit.cli.arguments import Parser, add_plugins
 
 FILE = "configs/schema.json"
-"""Where the shipped one is."""
+"""The path of the shipped schema."""
 _COMMANDS = ("fit", "validate", "test", "predict")
 _TITLE = "Settings of lrsa fit, validate, test and predict"
 _SCALARS = {"integer", "number", "boolean"}
 _INTERPOLATION = {"type": "string", "pattern": r"\$\{"}
 EPILOG = """\
-The shipped schema is configs/schema.json. One that knows classes of yours as well:
+The shipped schema is configs/schema.json. To make one that also has your classes:
   lrsa schema --plugins my_module > my-schema.json
 
 An editor reads the schema that a comment in the YAML file names:
@@ -46,7 +46,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def settings_schema() -> dict[str, Any]:
-    """The schema of a file for ``--config``, of all runs together."""
+    """The schema of a file for ``--config``, with the settings of all commands."""
     from lrsa_lit.cli.lightning_cli import parser_of
 
     whole: dict[str, Any] = {"properties": {}, "$defs": {}}
@@ -55,14 +55,14 @@ def settings_schema() -> dict[str, Any]:
         whole["properties"] = made["properties"][command]["properties"] | whole["properties"]
         whole["$defs"] = made["$defs"] | whole["$defs"]
     trainer = whole["properties"]["trainer"]["properties"]
-    # Adds to the list of other files.
+    # It adds to the list of other files.
     trainer["callbacks+"] = trainer["callbacks"]
     about = {"$schema": made["$schema"], "title": _TITLE, "type": "object", "additionalProperties": False}
     return about | dict(_relaxed(whole))
 
 
 def _generator() -> Any:
-    # Private to jsonargparse, and used here alone.
+    # Private to jsonargparse, and used only here.
     from jsonargparse._completions_jsonschema import ParserJsonschema, anyof_schema
     from lightning import Callback
 
@@ -70,13 +70,13 @@ def _generator() -> Any:
     kinds: dict[type, str] = {Callback: "callbacks"} | bases
 
     class Generator(ParserJsonschema):  # type: ignore[misc]
-        """Lists the classes of this project and of plugins; others may be named and are not described."""
+        """Describes the classes of this project and of plugins; other classes may be named without a description."""
 
         def subclass_def(self, class_type: Any, action: Any) -> Any:
             known = _paths(kinds[class_type]) if class_type in kinds else _others(class_type)
             shapes = [self.class_path_schema(path, action) for path in known]
             for shape in shapes:
-                # The command line sets it.
+                # The command line sets the tokenizer.
                 shape["properties"]["init_args"]["properties"].pop("tokenizer", None)
             names = [path.rpartition(".")[2] for path in known]
             other = self.unknown_class_path_schema()
@@ -89,7 +89,7 @@ def _generator() -> Any:
 
 
 def _others(class_type: Any) -> tuple[str, ...]:
-    """The classes of this project that fit a setting of no :data:`~lrsa_lit.plugins.KINDS`."""
+    """This project's classes for a setting whose class is not of :data:`~lrsa_lit.plugins.KINDS`."""
     known = itertools.chain(*catalogue.OTHERS.values()) if isinstance(class_type, type) else ()
     return tuple(path for path in known if issubclass(pkgutil.resolve_name(path), class_type))
 
@@ -101,18 +101,18 @@ def _paths(kind: str) -> tuple[str, ...]:
 
 
 def _relaxed(schema: Any) -> Any:
-    """A schema that files of some settings fulfil, and settings by short names and by interpolation."""
+    """Relax a schema: allow files with only some settings, short names of classes, and interpolations."""
     if isinstance(schema, list):
         return [_relaxed(each) for each in schema]
     if not isinstance(schema, Mapping):
         return schema
-    # Files name their schema in a comment, so $schema is no setting; the generator puts it in each mapping of settings.
+    # Files name their schema in a comment, so $schema is not a setting; the generator adds it to each mapping.
     found = {key: _relaxed(value) for key, value in schema.items() if key not in ("required", "default", "$schema")}
     if not isinstance(schema.get("default"), Mapping | None):
         found["default"] = schema["default"]
     named = found.get("properties", {}).get("class_path", {})
     if "not" in named:
-        # A class of one's own has to be named: without a name, arguments are those of a class that is known.
+        # Another class must be named: without a name, arguments are those of a known class.
         found["required"] = ["class_path"]
     elif "const" in named:
         path = named.pop("const")

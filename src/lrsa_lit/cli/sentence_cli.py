@@ -1,4 +1,4 @@
-"""The command line of sentence retrieval: encoders of sentences, which the filter CPC ranks by."""
+"""The command line of sentence retrieval: sentence encoders, by which the filter CPC ranks sentences."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class SentenceCLI(RunCLI):
     data = SentenceData
 
     def check_settings(self) -> None:
-        """Nothing is generated that could be a prediction, and recall is the one score."""
+        """Refuse predict, because nothing is generated, and any score but recall."""
         if self.subcommand == "predict":
             raise UserError("task", self.asked("task"), "question_answering", reason="has no answers to predict")
         if (score := self.asked("best_by")) != "recall":
             raise UserError("best_by", score, "recall")
 
     def check_parts(self) -> None:
-        """The model can do without its causal mask, has positions for each pass, and a token that masks others."""
+        """Check that the model works without a causal mask, and has enough positions and a mask token."""
         model, config = self.model, self.model.backbone.config
         check_config(config)
         positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
@@ -43,22 +43,22 @@ class SentenceCLI(RunCLI):
             _ = model.mask_id
 
     def needs_whole_weights(self) -> str:
-        """States are taken from within the model."""
+        """A sentence encoder needs whole weights, because states are taken from inside the model."""
         return "a sentence encoder"
 
     def show_next(self, checkpoint: str, arguments: Sequence[str]) -> None:
-        """Print the test, and where the checkpoint goes."""
+        """Print the commands of the test and of the filter."""
         console = PlainConsole()
         console.say(f"Best checkpoint: {checkpoint}")
         console.say(f"Test it: {redacted(shlex.join(['lrsa', 'test', *arguments, '--ckpt_path', checkpoint]))}")
         console.say(f"Filter by it: --data.init_args.filter CPC --data.init_args.filter.checkpoint {checkpoint}")
 
     def after_validate(self) -> None:
-        """Close with the recalls."""
+        """Print the recalls."""
         show_recalls(self.trainer, "val")
 
     def after_test(self) -> None:
-        """Close with the recalls."""
+        """Print the recalls."""
         show_recalls(self.trainer, "test")
 
 

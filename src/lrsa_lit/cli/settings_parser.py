@@ -1,4 +1,4 @@
-"""The parser of the LightningCLI's settings: errors are one line, with the key under which a part's argument stands."""
+"""The parser of the LightningCLI's settings; its errors are one line with the full key of a part's argument."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from lrsa_lit.plugins import KINDS
 from lrsa_lit.systems import System
 from lrsa_lit.tasks import Digests, HeadGates, LongContextQA, SentenceRetrieval, SoCo, TopKSchedule
 
-# A parser knows the classes that are imported, and by their names alone: all that --help lists.
+# A parser finds a class by its short name only if it is imported, so all classes of --help are imported.
 for _kind in (*KINDS, "callbacks"):
     for _path in named(_kind).values():
         pkgutil.resolve_name(_path)
 
 TOKENIZER = "model.tokenizer"
-"""The model's, which is linked to the data's."""
+"""The key of the model's tokenizer, which is linked to the data's."""
 DATA_TOKENIZER = "data.init_args.tokenizer"
 _KEYS: dict[type, str] = {
     LongContextQA: "model",
@@ -62,11 +62,11 @@ _KEYS: dict[type, str] = {
     lightning.Trainer: "trainer",
     Logger: "trainer.logger.init_args",
 }
-# The last form is that of a parser of one class within the whole.
+# The last form is that of the parser of a single class.
 _UNKNOWN_OPTION = re.compile(
     r"unrecognized arguments: --(\S+)|does not accept option '(\S+)'|^Option '(\S+)' is not accepted$"
 )
-# What stands for a class may be a file as well, which is said before what is wrong.
+# A class may also be given as a file, which jsonargparse mentions before the mistake itself.
 _NO_FILE = re.compile(r"(?:\\n|- )*Expected a path but (.*?) either not accessible or invalid(?:\\n|[- ])*(?=[^\s(])")
 _OF_CLASS = re.compile(r'^Parser key "(.+?)": (?:- )*(\w+: .*?)(?: \(given: \{.*\}\))?$')
 _NO_CLASS = re.compile(r"Expected a dot import path string: ([^\s,)]+)")
@@ -75,14 +75,14 @@ _UNION_EPILOGUE = re.compile(r" Given value type: .*? Given value: (?:NestedArg\
 
 
 class _Complaint(UserError):  # noqa: N818 - what it is
-    """That of a parser of one class, which the parser of the whole completes with the key."""
+    """An error of a single class's parser; the parser of all settings adds the key."""
 
 
 class OneLineParser(LightningArgumentParser):
     """A parser whose errors are one line, without the usage of several hundred settings."""
 
     def parse_args(self, args: Any = None, *rest: Any, **options: Any) -> Any:  # type: ignore[override]
-        """Parse; the parser reads a file where one is given instead of a group of settings, and it must be text."""
+        """Parse arguments; a group of settings may be given as a file, which must be UTF-8 text."""
         try:
             return super().parse_args(args, *rest, **options)
         except UnicodeDecodeError as error:
@@ -92,7 +92,7 @@ class OneLineParser(LightningArgumentParser):
             raise UserError("settings", reason="a value is nested too deeply") from None
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise what the command line prints in one line."""
+        """Raise the error as a UserError, which the command line prints in one line."""
         if (own := first_user_error(ex, but=_Complaint)) is not None:
             raise own from ex
         text = one_line(message)
@@ -105,16 +105,14 @@ class OneLineParser(LightningArgumentParser):
 
 
 def one_line(message: str) -> str:
-    """What a nested message of jsonargparse says to a user: the key, what is allowed, what was given."""
+    """Shorten a nested message of jsonargparse to the key, what is allowed, and what was given."""
     text = _UNION_PREAMBLE.sub("", " ".join(message.split()))
     text = re.sub(r"(?:^|(?<= ))- Expected a <class 'NoneType'>(?:\. Got value: \S+)?\s*", "", text)
     text = _UNION_EPILOGUE.sub(lambda match: f" (given: {match[2] or match[3]})", text)
     of_class = "init_args" in text
     text = _NO_FILE.sub("", text)
     text = _OF_CLASS.sub(r"\1.init_args.\2", text) if of_class else text
-    known = (
-        "is no class that is known here; --plugins MODULE (in YAML, plugins: [MODULE]) would make those of yours known"
-    )
+    known = "is not a known class; --plugins MODULE (in YAML, plugins: [MODULE]) adds your own classes"
     text = _NO_CLASS.sub(rf"\1 {known}", text)
     text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
     text = re.sub(r"(?:- )?Expected a (\w+)\. Got value: (\S+)(?: \(given: \S+\))?$",
@@ -123,15 +121,15 @@ def one_line(message: str) -> str:
 
 
 def _holds(argument: str, content: bytes) -> bool:
-    """Whether an argument names the file of that content."""
+    """Whether an argument names a file with this content."""
     path = Path(argument.rpartition("=")[2])
     return path.is_file() and path.read_bytes() == content
 
 
 def first_user_error(error: BaseException | None, but: type[UserError] | tuple[()] = ()) -> UserError | None:
-    """The UserError among an error's causes, with its key: jsonargparse wraps what a constructor raised several times.
+    """The UserError among an error's causes, with its key; jsonargparse wraps constructors' errors several times.
 
-    One of the kind ``but`` does not count.
+    Errors of the type ``but`` are skipped.
     """
     while error is not None:
         if isinstance(error, UserError) and not isinstance(error, but):
@@ -141,13 +139,13 @@ def first_user_error(error: BaseException | None, but: type[UserError] | tuple[(
 
 
 def with_key(error: UserError) -> UserError:
-    """The error, its field named as the settings name it.
+    """Return the error with its field renamed to the key in the settings.
 
-    Lightning and jsonargparse call the parts, so the traceback tells which of them has complained. The field is an
-    argument of the innermost one that has an argument of that name, or stands for itself, as a file does.
+    Lightning and jsonargparse call the parts, so the traceback shows which part raised the error. The field is an
+    argument of the innermost part that has an argument of that name. Any other field, such as a file, is kept.
     """
     frames = [frame.f_locals.get("self").__class__ for frame, _ in traceback.walk_tb(error.__traceback__)]
-    # A callback may look at the task and at its rule from outside.
+    # A callback may check the task and its rule from outside.
     for owner in (*reversed(frames), LongContextQA, LRSAConfig):
         if error.field.partition(".")[0] in _arguments(owner):
             key = next((key for kind, key in _KEYS.items() if issubclass(owner, kind)), owner.__name__)
@@ -155,13 +153,13 @@ def with_key(error: UserError) -> UserError:
             break
     if error.field in ("tokenizer", DATA_TOKENIZER):
         error.field = TOKENIZER
-    # The key is there once and for all.
+    # Without a traceback, a second call does not add the key again.
     return error.with_traceback(None)
 
 
 @functools.cache
 def _arguments(owner: type) -> frozenset[str]:
-    """Names of the arguments of a part's constructor and of those of its bases; none where it is no part."""
+    """Names of the arguments of a part's constructor and of those of its bases; empty if it is not a part."""
     if not issubclass(owner, (*_KEYS, lightning.Callback)):
         return frozenset()
     return frozenset(

@@ -1,6 +1,6 @@
-"""``lrsa fit --help``: what the project itself has to offer, a line each; and all settings of one of its classes.
+"""``lrsa fit --help``: the project's settings and classes, one line each; and all settings of one of its classes.
 
-All of it is read from the source text, so that help takes no longer than reading it does.
+All of it is read from the source text, so that help is fast.
 """
 
 from __future__ import annotations
@@ -22,41 +22,41 @@ from lrsa_lit.yaml_file import read_settings
 
 ALL = "--help-all"
 _RUN = {
-    "--config FILE, -c FILE": "YAML, may be given several times; later ones win. Shipped ones are found from anywhere",
-    "--seed_everything N": "the seed of all that is drawn",
-    "--ckpt_path FILE": 'weights to evaluate, or the run to resume; "last" is the newest good one of the same settings',
-    "--task NAME": "what is trained: question_answering or, with settings of its own, sentence_retrieval",
-    "--plugins MODULE": "a module of yours, which adds data sets, filters, compressors, systems or objectives",
+    "--config FILE, -c FILE": "YAML, may be given several times; later ones win. Shipped files are found from anywhere",
+    "--seed_everything N": "the seed of all random numbers",
+    "--ckpt_path FILE": 'checkpoint to evaluate or to resume; "last" is the newest good one of the same settings',
+    "--task NAME": "the task to train: question_answering or, with its own settings, sentence_retrieval",
+    "--plugins MODULE": "one of your modules with data sets, filters, compressors, systems or objectives",
     "--print_config": "print the resolved settings and exit",
 }
 _OF_FIT = {
     "--validate_first BOOL": "validate before training, so that a fit shows its gain",
-    "--best_by SCORE": "of validations, f1, em, recall or loss: decides the best checkpoint and early stopping",
-    "--estimate": "say what memory and time a fit will take, and do not start it",
+    "--best_by SCORE": "validation score that decides the best checkpoint and early stopping: f1, em, recall or loss",
+    "--estimate": "estimate a fit's memory and time, and do not start it",
 }
 _OF_EVALUATION = {
-    "--budget SHARE": "the largest K, or size of a system, whose cache is no more than this share of a dense one",
-    "--cache_tokens N": "the same in tokens",
+    "--budget SHARE": "use the largest K, or size of a system, whose cache is at most this share of a dense one",
+    "--cache_tokens N": "the same limit in tokens",
 }
 _TRAINER = {
     "accelerator": "cpu, gpu or auto",
-    "devices": "how many, or which ones as a list",
+    "devices": "number of devices, or a list of their indices",
     "strategy": "how several devices share the work: ddp, or configs/trainer/fsdp.yaml",
     "precision": "bf16-mixed and others; null computes in the dtype of the weights",
     "max_steps": "optimizer steps",
-    "max_time": "stop after so long: DD:HH:MM:SS",
+    "max_time": "stop after this time: DD:HH:MM:SS",
     "val_check_interval": "training batches between two validations",
-    "accumulate_grad_batches": "batches of an optimizer step",
+    "accumulate_grad_batches": "batches for each optimizer step",
     "gradient_clip_val": "the largest norm of the gradients",
     "default_root_dir": "the folder of runs: checkpoints, answers and the store",
-    "logger": "what records the run; false records nothing",
+    "logger": "the logger that records the run; false records nothing",
 }
-"""Lightning's settings that are used most, in fewer words than its own."""
+"""Lightning's most used settings, with shorter descriptions than its own."""
 _TITLES = {
     "data": "data sets: --data NAME",
     "data.filter": "context filters, which shorten contexts before the model sees them: --data.filter NAME",
     "model.lrsa.compressor": "compressors, which make K pairs of a partition: --model.lrsa.compressor NAME",
-    "model.lrsa.system": "systems, in the place of the rule: --model.lrsa.system NAME",
+    "model.lrsa.system": "systems, which replace the rule: --model.lrsa.system NAME",
     "model.objective": "objectives, which training minimises: --model.objective NAME",
     "trainer.callbacks": "callbacks of this project: --trainer.callbacks+ NAME",
 }
@@ -65,7 +65,7 @@ _ABBREVIATED = r"(?<!eq)(?<!et al)"
 
 
 def answered(command: str, arguments: Sequence[str], task: str = QUESTION_ANSWERING) -> str | None:
-    """The help that arguments ask for; None where they ask for none, or for what only the whole parser knows."""
+    """The help that arguments ask for; None if they ask for none, or if only the full parser can answer."""
     for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
         flag, assigned, value = argument.partition("=")
         if flag in ("-h", "--help"):
@@ -87,7 +87,7 @@ def _lines(command: str, defaults: Mapping[str, Any]) -> Iterator[str]:
     own = catalogue.OF_TOOLS.get(command, own)
     yield f"usage: lrsa {command} --config FILE … [--KEY VALUE …]"
     yield ""
-    yield "A run needs a model and a data set. Shipped files name some; later files and flags override what they say:"
+    yield "A run needs a model and a data set. Shipped files name some; later files and flags override them:"
     yield f"  lrsa {command} --config configs/model/smollm2.yaml --config configs/data/hotpotqa.yaml"
     yield "\nshipped files: configs/FOLDER/NAME.yaml"
     yield from _folders()
@@ -102,7 +102,7 @@ def _lines(command: str, defaults: Mapping[str, Any]) -> Iterator[str]:
     for slot in catalogue.SLOTS:
         yield ""
         yield from _listing(slot)
-    yield "\ntrainer (Lightning's, those most used)"
+    yield "\ntrainer (Lightning's most used settings)"
     yield from _table(
         (f"--trainer.{name}", f"{text}{_default(None, defaults['trainer'].get(name))}")
         for name, text in _TRAINER.items()
@@ -118,7 +118,7 @@ def _lines(command: str, defaults: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _of_task(command: str, task: str) -> Iterator[str]:
-    """What runs of another task than question answering take."""
+    """The help of a task other than question answering."""
     about = TASKS[task]
     defaults = read_settings(shipped(about.defaults))
     yield f"usage: lrsa {command} --task {task} --config configs/model/smollm2.yaml [--KEY VALUE …]"
@@ -141,7 +141,7 @@ def _listing(slot: str) -> Iterator[str]:
     about = {name: _first_sentence(found.line) if found else "" for name, found in shipped_ones.items()}
     yield from _table((about | ({} if kind == "callbacks" else catalogue.added(kind))).items())
     if slot == "data":
-        yield "  settings that all of them have, as --data.KEY or data.init_args.KEY in YAML:"
+        yield "  settings of all data sets, as --data.KEY or data.init_args.KEY in YAML:"
         described = catalogue.keys(catalogue.DATA).items()
         yield from _table((f"  {name}", _line_of(each)) for name, each in described)
 
@@ -159,7 +159,7 @@ def _folders() -> Iterator[str]:
 
 
 def _keys(part: str, defaults: Mapping[str, Any], but: Iterable[str] = ()) -> Iterator[str]:
-    """A line for each setting of a part; what the shipped defaults say stands in place of what the code does."""
+    """A line for each setting of a part; shipped defaults are shown in place of the code's."""
     for_part = catalogue.keys(str(catalogue.part_of(part))).items()
     yield from _table(
         (f"--{part}.{name}", _line_of(each, catalogue.value_at(defaults, f"{part}.{name}")))
@@ -177,7 +177,7 @@ def _first_sentence(text: str) -> str:
 
 
 def _default(written: str | None, given: Any = None) -> str:
-    """How a table says what a setting is by itself."""
+    """A setting's default as a table shows it."""
     text = str(given) if isinstance(given, int | float | str) and "$" not in str(given) else _in_yaml(written)
     return "" if text in ("null", "") or len(text) > 12 else f" [{text}]"
 
@@ -189,7 +189,7 @@ def _in_yaml(written: str | None) -> str:
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """Names and what is said of each, cut to a line but for the default at its end."""
+    """Names and descriptions; a description is cut to one line, but its default is kept."""
     listed = list(rows)
     column = min(max((len(name) for name, _ in listed), default=0), _LONGEST) + 2
     for name, about in listed:
@@ -200,7 +200,7 @@ def _table(rows: Iterable[tuple[str, str]]) -> Iterator[str]:
 
 
 def _plain(text: str) -> str:
-    """Text without the marks that Sphinx reads."""
+    """Text without Sphinx's markup."""
     return re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"\1", " ".join(text.split())).replace("``", "")
 
 
@@ -222,7 +222,7 @@ def _of_class(slot: str, name: str) -> str | None:
         prog=f"--{slot} {path.rpartition('.')[2]}", usage=argparse.SUPPRESS, description=about, add_help=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=_width()),
     )  # fmt: skip
-    group = parser.add_argument_group(f"settings (in YAML they stand below {slot}'s init_args)")
+    group = parser.add_argument_group(f"settings (in YAML they are below {slot}'s init_args)")
     for key, setting in catalogue.keys(path).items():
         if (slot, key) != ("data", "tokenizer"):
             group.add_argument(f"--{slot}.{key}", metavar=_metavar(key, setting), help=_described(setting))
@@ -242,5 +242,5 @@ def _metavar(key: str, setting: Setting) -> str:
 def _described(setting: Setting) -> str:
     default = "required" if setting.default is None else f"default: {_in_yaml(setting.default) or setting.default}"
     kind = re.sub(r"\bNone\b", "null", setting.kind)
-    # What argparse would take for a format.
+    # Otherwise argparse would read % as a format.
     return f"{_plain(setting.about)} (type: {kind}, {default})".strip().replace("%", "%%")

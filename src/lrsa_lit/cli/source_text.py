@@ -1,7 +1,7 @@
-"""Classes and their settings as the source text has them: nothing is imported, which would take seconds with PyTorch.
+"""Classes and their settings, read from source text: importing them would take seconds because of PyTorch.
 
-Read are class definitions, the imports that lead to them, dataclasses' fields, arguments of constructors and the
-``Args`` of docstrings. A test holds that they agree with what the classes themselves say.
+This reads class definitions, the imports that lead to them, fields of dataclasses, arguments of constructors and the
+``Args`` of docstrings. A test checks that the result agrees with the classes themselves.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _SECTION = re.compile(r"^(?:Args|Attributes|Raises|Returns|Example|Note)s?:\s*$"
 
 
 class Setting(NamedTuple):
-    """An argument of a class: its annotation and default as they are written, and what the docstring says of it.
+    """An argument of a class: its annotation and default as source text, and its description in the docstring.
 
-    The default is None where there is none, so that the setting must be given.
+    The default is None if the argument is required.
     """
 
     kind: str
@@ -50,7 +50,7 @@ class Found(NamedTuple):
 @functools.cache
 def _file(module: str) -> Path | None:
     top, *rest = module.split(".")
-    # Only the outermost package: to find one below, Python would import those above.
+    # Find only the outermost package: to find an inner one, Python would import the outer ones.
     spec = importlib.util.find_spec(top)
     for root in (spec.submodule_search_locations or ()) if spec else ():
         package = Path(root, *rest)
@@ -62,7 +62,7 @@ def _file(module: str) -> Path | None:
 
 @functools.cache
 def _definitions(module: str) -> Mapping[str, ast.ClassDef | str]:
-    """The classes of a module, and of each name that it imports the dotted name of what that is."""
+    """The classes that a module defines, and the dotted names of what it imports, by name."""
     file = _file(module)
     found: dict[str, ast.ClassDef | str] = {}
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if file else ():
@@ -75,7 +75,7 @@ def _definitions(module: str) -> Mapping[str, ast.ClassDef | str]:
 
 @functools.cache
 def exported(module: str) -> tuple[str, ...]:
-    """What a module exports: ``__all__``, where that is computed what it imports for types, else its own classes."""
+    """What a module exports: ``__all__``, or if that is computed its imports from submodules, or else its classes."""
     file = _file(module)
     for node in ast.parse(file.read_text(encoding="utf-8")).body if file else ():
         if (
@@ -91,7 +91,7 @@ def exported(module: str) -> tuple[str, ...]:
 
 @functools.cache
 def find(path: str) -> Found | None:
-    """The class of a dotted name, wherever it is imported from; None where the source has none."""
+    """The class of a dotted name, wherever it is imported from; None if the source has no such class."""
     module, _, name = path.rpartition(".")
     what = _definitions(module).get(name) if module else None
     return find(what) if isinstance(what, str) and what != path else Found(module, what) if what else None  # type: ignore[arg-type]
@@ -99,7 +99,7 @@ def find(path: str) -> Found | None:
 
 @functools.cache
 def lineage(path: str) -> tuple[Found, ...]:
-    """A class and its bases, nearest first, as far as the packages that can be read go."""
+    """A class and its bases, nearest first, as far as their source can be read."""
     found = find(path)
     if found is None:
         return ()
@@ -108,17 +108,17 @@ def lineage(path: str) -> tuple[Found, ...]:
         name = ast.unparse(base)
         here = _definitions(found.module).get(name)
         parts += lineage(here if isinstance(here, str) else f"{found.module}.{name}")
-    # One that several bases have in common stands behind all of them.
+    # A base that several bases have in common comes after all of them.
     return (found, *(part for position, part in enumerate(parts) if part not in parts[position + 1 :]))
 
 
 def bases(path: str) -> set[str]:
-    """Names of all bases of a class, those that cannot be read among them."""
+    """Names of all bases of a class, including those that cannot be read."""
     return {ast.unparse(base) for found in lineage(path) for base in found.node.bases}
 
 
 def is_abstract(path: str) -> bool:
-    """Whether methods of it are left to subclasses."""
+    """Whether a class has abstract methods."""
     missing: dict[str, bool] = {}
     for found in lineage(path):
         for node in found.node.body:
@@ -136,7 +136,7 @@ def _defined(node: ast.stmt) -> list[str]:
 
 
 def settings(path: str) -> dict[str, Setting]:
-    """The arguments of a class by name, inherited ones behind its own."""
+    """The arguments of a class by name, inherited ones after its own."""
     return _settings(lineage(path))
 
 
@@ -194,7 +194,7 @@ def _parameters(module: str, node: ast.FunctionDef, about: Mapping[str, str]) ->
 
 
 def _written(module: str, node: ast.expr | None) -> str | None:
-    """An expression, of a constant of a module its value."""
+    """The source text of an expression; for a module's constant, of its value."""
     if isinstance(node, ast.Name):
         what = _definitions(module).get(node.id)
         if isinstance(what, str) and what.startswith("lrsa_lit."):
@@ -213,7 +213,7 @@ def _constants(module: str) -> Mapping[str, ast.expr]:
 
 
 def _handed_on(node: ast.FunctionDef) -> set[str]:
-    """What a constructor itself gives the one of its base, so that it is no argument any more."""
+    """Arguments that a constructor itself passes to its base, so that they cannot be set any more."""
     calls = (each for each in ast.walk(node) if isinstance(each, ast.Call))
     given = {
         keyword.arg
@@ -225,7 +225,7 @@ def _handed_on(node: ast.FunctionDef) -> set[str]:
 
 
 def _described(node: ast.ClassDef | ast.FunctionDef) -> dict[str, str]:
-    """What the ``Args`` of a docstring says of each argument."""
+    """The description of each argument in the ``Args`` of a docstring."""
     _, _, rest = inspect.cleandoc(ast.get_docstring(node) or "").partition("Args:\n")
     parts = _ARGUMENT.split(_SECTION.split(rest)[0])[1:]
     return {name: " ".join(about.split()) for name, about in zip(parts[::2], parts[1::2], strict=True)}

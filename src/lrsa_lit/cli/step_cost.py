@@ -1,4 +1,4 @@
-"""What a step of training costs: seconds and bytes, measured in the loop that trains."""
+"""The cost of a training step in seconds and bytes, measured in the real training loop."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from torch.utils.data import DataLoader, Dataset
 from lrsa_lit.tasks import LongContextQA
 
 _REPEATS = 4
-"""Steps on each batch that is timed; the first one may prepare what the others use, the fastest of those counts."""
+"""Steps on each timed batch; the first one is a warm-up, and the fastest of the others counts."""
 
 
 class Cost(NamedTuple):
-    """What training costs on one device.
+    """The cost of training on one device.
 
     Attributes:
-        parameters, trained: weights of the model, and of them those that are trained.
-        weights, gradients, optimizer: bytes of them, and of the optimizer's state.
-        peak_passes, peak_step: most bytes at a time during the passes over a batch, and during the optimizer's step.
-        pass_seconds, step_seconds: of a forward and backward pass, and of the optimizer's step, clipping included.
+        parameters, trained: numbers of all weights, and of the trained ones.
+        weights, gradients, optimizer: bytes of weights, of gradients, and of the optimizer's state.
+        peak_passes, peak_step: peak bytes during the passes over a batch, and during the optimizer's step.
+        pass_seconds, step_seconds: seconds of a forward and backward pass, and of the optimizer's step with clipping.
     """
 
     parameters: float
@@ -44,19 +44,19 @@ class Cost(NamedTuple):
 
     @property
     def peak(self) -> float:
-        """Most bytes at a time."""
+        """Peak bytes."""
         return max(self.peak_passes, self.peak_step)
 
 
 class Batches(NamedTuple):
-    """Batches to measure with: the largest for memory, some of ordinary sizes for time."""
+    """Batches to measure with: the largest for memory, some of typical sizes for time."""
 
     largest: Any
     typical: list[Any]
 
 
 def measure(task: LongContextQA, batches: Batches, options: dict[str, Any]) -> Cost:
-    """Train a task whose model is not loaded yet for some steps; the options are for the Trainer of Lightning."""
+    """Train a task, whose model is not loaded yet, for some steps; ``options`` are for Lightning's Trainer."""
     probe = _Probe()
     # Gradients and the optimizer's state exist from the second step on.
     planned = [batches.largest] * 2 + [batch for batch in batches.typical for _ in range(_REPEATS)]
@@ -93,14 +93,14 @@ def measure(task: LongContextQA, batches: Batches, options: dict[str, Any]) -> C
 
 
 def release() -> None:
-    """Give back what nobody refers to any more."""
+    """Free memory that nothing refers to any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 class _Probe(Callback):
-    """Measures memory in the second step, and the seconds of those that follow."""
+    """Measures the memory of the second step and the seconds of each step."""
 
     def __init__(self) -> None:
         self.passes: list[float] = []
@@ -130,26 +130,26 @@ class _Probe(Callback):
 
 
 class _GPUMemory:
-    """Most bytes at a time that PyTorch's allocator has handed out, from now on."""
+    """Peak bytes of PyTorch's allocator, from now on."""
 
     def __init__(self) -> None:
         torch.cuda.reset_peak_memory_stats()
 
     def peak(self) -> int:
-        """Of the time since the last call."""
+        """Peak bytes since the last call."""
         found = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         return found
 
     def stop(self) -> None:
-        """There is nothing to take back."""
+        """Do nothing."""
 
 
 class _CPUMemory(TorchDispatchMode):
-    """The same of the storages of all tensors that operations return; the process itself is too coarse a measure.
+    """Peak bytes of the storages of all tensors that operations return; a process's memory is too coarse a measure.
 
-    Buffers within operations do not count. Backward passes of a CPU run in the thread that asks for them, and so under
-    this mode, too.
+    Buffers within operations do not count. On a CPU, backward passes run in the calling thread, so this mode sees them
+    too.
     """
 
     def __init__(self, held: Iterable[Tensor]) -> None:
@@ -194,7 +194,7 @@ def _optimizer_state(trainer: Any) -> list[Tensor]:
 
 
 def _seconds(measured: list[float]) -> float:
-    """Mean over the batches of the fastest repeat."""
+    """Mean over batches of the seconds of each one's fastest repeat."""
     fastest = [min(measured[first + 1 : first + _REPEATS]) for first in range(0, len(measured), _REPEATS)]
     return sum(fastest) / len(fastest)
 

@@ -1,4 +1,4 @@
-"""``lrsa study``: prepare its data, run a part of it, show what is done, report."""
+"""``lrsa study``: prepare a study's data, run its parts, show what is done, and report."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ examples:
     --into my-results.md
   lrsa study config configs/experiment/robustness.yaml lrsa-4x > row.yaml && lrsa fit --config row.yaml
 
-A run does what the results do not hold yet, by `lrsa fit` and `lrsa test`, and stops in time; the same command goes on.
+A run does what is missing in the results, with `lrsa fit` and `lrsa test`, and stops after --minutes; run the same
+command to continue.
 """
 
 
@@ -45,7 +46,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def open_study(name: str) -> Study:
-    """The study of a file, or of a shipped one; a UserError if there is none, or it does not fit together."""
+    """Open the study of a file, which may be a shipped one; a UserError if it does not exist or is inconsistent."""
     from lrsa_lit.experiments.study import Study
 
     return Study(name, fit_settings())
@@ -53,7 +54,7 @@ def open_study(name: str) -> Study:
 
 @functools.cache
 def fit_settings() -> FitSettings:
-    """The parser of all studies of a process."""
+    """The parser that all studies of a process share."""
     from lrsa_lit.cli.fit_settings import FitSettings
 
     return FitSettings()
@@ -81,27 +82,27 @@ def _parser() -> Parser:
     action("data", "tokenise the study's data sets", _data, "study", "--data")
     running = action("run", "train and evaluate the rows of parts", _run, *shared)
     add = running.add_argument
-    add("--minutes", type=float, default=9.0, help="stop before these are over (default: 9)")
-    add("--work", type=Path, default=Path("runs/study"), help="weights and unfinished trainings")
-    add("--rows", nargs="+", default=[], metavar="ROW", help="these rows of the parts alone")
-    add("--seeds", nargs="+", type=int, default=[], metavar="SEED", help="these seeds alone")
-    add("--shared", action="store_true", help="others use the device as well: record no speed")
+    add("--minutes", type=float, default=9.0, help="stop within this many minutes (default: 9)")
+    add("--work", type=Path, default=Path("runs/study"), help="folder for weights and unfinished trainings")
+    add("--rows", nargs="+", default=[], metavar="ROW", help="only these rows of the parts")
+    add("--seeds", nargs="+", type=int, default=[], metavar="SEED", help="only these seeds")
+    add("--shared", action="store_true", help="other processes use the device too: record no speed")
     add("--source", help="folder of the study's base LLM on this machine")
-    add("--no-mlflow", action="store_true", help="record lines alone, and no runs of MLflow")
+    add("--no-mlflow", action="store_true", help="record only lines of results, and no MLflow runs")
     add("--workers", type=int, default=1, help="processes on each device in an evaluation")
     add_on(running)
-    action("status", "show what of a part is done", _status, *shared)
+    action("status", "show what is done of parts", _status, *shared)
     add = action("config", "print a row as a file for lrsa fit --config", _config, "study").add_argument
     add("row", help="name of the row")
     add("--seed", type=int, default=0)
     add = action("report", "tables, statistics and plots of the results", _report).add_argument
     add("results", nargs="+", help="file of the results, or URI of the MLflow store that the study recorded to")
     add("--study", nargs="+", required=True, metavar="FILE", help="file of the study, one for each file of results")
-    add("--to", type=Path, help=f"folder for the report; default: {_REPORT}, unless --into")
+    add("--to", type=Path, help=f"folder for the report; default: {_REPORT}, unless --into is given")
     blocks = "fill the blocks <!-- study:NAME --> ... <!-- /study --> of these Markdown files, or of those in folders"
     add("--into", type=Path, nargs="+", default=[], metavar="FILE", help=blocks)
     add("--plots", type=Path, default=Path("docs/study"), help="folder for the plots of these blocks")
-    add("--data", type=Path, help="folder of the data, for blocks that look at the questions")
+    add("--data", type=Path, help="folder of the data, for blocks that need the questions")
     return parser
 
 
@@ -129,7 +130,9 @@ def _run(options: argparse.Namespace) -> None:
         runner.questions.prepare(splits_of(works))
         with resumable():
             done = runner.run(works, runs)
-    print(f"{', '.join(options.part)}: {'done' if done else 'not done yet; the same command goes on'}", flush=True)
+    print(
+        f"{', '.join(options.part)}: {'done' if done else 'not done yet; run the same command to continue'}", flush=True
+    )
     if runner.failed:
         raise SystemExit(1)
 
@@ -168,9 +171,9 @@ def _report(options: argparse.Namespace) -> None:
 
     several = len(options.study) > 1
     if len(options.results) != len(options.study):
-        raise UserError("--study", " ".join(options.study), "one for each file of results, in their order")
+        raise UserError("--study", " ".join(options.study), "one for each file of results, in the same order")
     if several and (options.to or not options.into):
-        raise UserError("--to", options.to or _REPORT, reason="is for one study; several fill documents, with --into")
+        raise UserError("--to", options.to or _REPORT, reason="works with one study only; several studies need --into")
     blocks = []
     for results, study in zip(options.results, map(open_study, options.study), strict=True):
         with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
-"""``lrsa summarise --writer MODEL --to FILE …``, with the arguments of ``lrsa fit``: summaries of a data set's texts.
+"""``lrsa summarise --writer MODEL --to FILE …``, with the arguments of ``lrsa fit``: write summaries of passages.
 
-The filter Summaries then shows them in the place of the passages.
+The filter Summaries then shows them instead of the passages.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class _Summarise(FitTool):
     }
 
     def check(self) -> None:
-        """The file can be written."""
+        """Check that the file can be written."""
         self.file()
 
     def work(self) -> None:
-        """The writing of those that are missing."""
+        """Write the summaries that are missing."""
         task, data, trainer, path = self.model, self.datamodule, self.trainer, self.file()
         with named("--writer"):
             trained = trained_model(self.own.writer, task.backbone.dtype)
@@ -59,7 +59,7 @@ class _Summarise(FitTool):
             known = summaries_of(file.rows, by)
             if not (passages := self._passages()):
                 raise UserError(
-                    "--splits", reason="no question fits into data.init_args.max_tokens, so none has passages"
+                    "--splits", reason="no question fits into data.init_args.max_tokens, so there are no passages"
                 )
             todo = [text for key, text in passages.items() if key not in known]
             if todo:

@@ -1,4 +1,4 @@
-"""``lrsa sweep``: a fit for each point of a grid of settings, each in a process and an MLflow run of its own."""
+"""``lrsa sweep``: a fit for each point of a grid of settings, each in its own process and MLflow run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lrsa_lit.experiments.sweep_results import show
 
 EPILOG = f"""\
 All other options are those of `lrsa fit`. Values are YAML, so {FLAG} 'data.init_args.limit={{train: 8}},{{train: 64}}'
-has two. The same command again runs what is not finished yet, from its last checkpoint.
+has two. Run the same command again to continue unfinished fits from their last checkpoints.
 
 example:
   lrsa sweep --config configs/model/smollm2.yaml --config configs/data/hotpotqa.yaml \\
@@ -28,15 +28,15 @@ def run(arguments: Sequence[str]) -> None:
         SystemExit: code 1 if a point failed, 130 after Ctrl-C.
     """
     parser = Parser("lrsa sweep", description="Fit once for each point of a grid of settings.", epilog=EPILOG)
-    of_grid = "values of a setting; several span a grid"
+    of_grid = "values of a setting; repeat it to span a grid"
     parser.add_argument(FLAG, metavar="KEY=V1,V2", action="append", default=[], help=of_grid)
     add_on(parser)
     options, rest = parser.parse_known_args(arguments)
     if printing := [option for option in rest if option.startswith("--print_")]:
-        raise UserError(printing[0], reason="it is not allowed in a sweep; lrsa fit has it")
+        raise UserError(printing[0], reason="it is not allowed in a sweep; use it with lrsa fit")
     grid = parse(options.grid)
     first = [f"--{key}={values[0]}" for key, values in grid.items()]
-    # A checkpoint, there or not, is refused with the reason below.
+    # Sweep refuses any checkpoint below and says why, so do not check here whether it exists.
     if not any(each.startswith("--ckpt_path") for each in (*first, *rest)):
         prepared("fit", [*rest, *first])
     from lrsa_lit.cli.fit_settings import FitSettings

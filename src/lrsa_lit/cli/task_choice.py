@@ -1,4 +1,4 @@
-"""The tasks that runs are of, by the name that ``task`` has in settings; nothing is imported."""
+"""The tasks of runs, by their name in the setting ``task``; nothing heavy is imported."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any, NamedTuple
 from lrsa_lit.errors import UserError
 
 QUESTION_ANSWERING = "question_answering"
-"""What a run is of unless its settings say otherwise."""
+"""The task of a run unless its settings name another one."""
 
 
 class Task(NamedTuple):
     """A task.
 
     Attributes:
-        module: of its command line, with a function ``run``.
-        defaults: the shipped file of its defaults.
-        model: what it trains, as a dotted path.
-        data: what it is trained on by default.
+        module: the module of its command line, with a function ``run``.
+        defaults: the shipped file with its defaults.
+        model: the dotted path of the module that it trains.
+        data: the dotted path of its default data.
     """
 
     module: str
@@ -41,10 +41,10 @@ TASKS = {
 
 
 def named(layers: Iterable[Mapping[str, Any]]) -> str:
-    """The task that the last of several layers of settings names.
+    """The task that layers of settings name; the last one wins.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is no task of that name.
     """
     name = QUESTION_ANSWERING
     for settings in layers:
@@ -55,6 +55,6 @@ def named(layers: Iterable[Mapping[str, Any]]) -> str:
 
 
 def check_is_question_answering(name: str, command: str) -> None:
-    """Raise a UserError for a command that knows no other task."""
+    """Raise a UserError if a command that supports only question answering gets another task."""
     if name != QUESTION_ANSWERING:
         raise UserError("task", name, QUESTION_ANSWERING, reason=f"is not allowed for {command}")

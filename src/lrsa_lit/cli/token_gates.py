@@ -1,4 +1,4 @@
-"""``lrsa token-gates --to FILE …``, with the arguments of ``lrsa fit``: fit gates of tokens to what KVzip scores.
+"""``lrsa token-gates --to FILE …``, with the arguments of ``lrsa fit``: fit token gates to KVzip's scores.
 
 The compressor TokenGate then takes the file as its ``weights``.
 """
@@ -34,13 +34,13 @@ class _TokenGates(FitTool):
     needed: ClassVar[dict[str, str]] = {"to": "the file that the gates are written to"}
 
     def check(self) -> None:
-        """Gates choose for the rule."""
+        """Refuse a system, because gates choose tokens for the rule, and an output file that cannot be written."""
         if self.asked("model.lrsa.system") is not None:
-            raise UserError("model.lrsa.system", reason="is not allowed: gates choose in the partitions of the rule")
+            raise UserError("model.lrsa.system", reason="is not allowed: gates choose tokens in the rule's partitions")
         self.file()
 
     def work(self) -> None:
-        """The fit of the gates."""
+        """Fit the gates and write them."""
         from safetensors.torch import save
 
         task, data, trainer, path = self.model, self.datamodule, self.trainer, self.file()

@@ -44,30 +44,30 @@ _STORE = "--store"
 _START_SECONDS = 180.0
 _STOP_SECONDS = 15.0
 _MOST_COMPARED = 50
-"""Runs in the address of a comparison, the latest; more can be chosen in the UI."""
+"""The number of runs in a comparison's address, latest first; more can be chosen in the UI."""
 
 _COLUMNS = [
     *(f"tags.`{name}`" for name in ("command", "rule", "checkpoint")),
     "params.`kv_ratio`",
     *(f"metrics.`{name}`" for name in ("val/f1", "val/loss", "test/f1", "test/loss")),
 ]
-"""What the table of runs shows; more can be chosen in the UI. Its columns have room for headings of a dozen letters."""
+"""Columns of the table of runs; more can be chosen in the UI. Headings have room for a dozen letters."""
 
 _VIEW = "lrsa"
 _TRAINING = "workflowType=machine_learning"
-"""Part of an address: a fresh browser would open MLflow's pages for GenAI, which show no runs. Links lose it."""
+"""Part of an address: without it, a new browser opens MLflow's pages for GenAI, which show no runs. Links lose it."""
 
 _APP = "lrsa"
 _TRAINING_PATH = "/training"
-"""The page of our own server that has a fresh browser remember it (``lrsa_lit.tracking.training_view``)."""
+"""The page of our own server that makes a new browser remember it (``lrsa_lit.tracking.training_view``)."""
 
 EPILOG = """\
 examples:
   lrsa ui
   lrsa ui --experiment quickstart --port 5001
-  lrsa ui --store http://tracking.example:5000     prints the addresses on a server that runs already
+  lrsa ui --store http://tracking.example:5000     prints the addresses on a running server
 
-There, links in the pages lead a fresh browser to MLflow's pages for GenAI; its switch to model training is remembered.
+There, links lead a new browser to MLflow's pages for GenAI. Switch to model training once; the browser remembers it.
 """
 
 
@@ -93,13 +93,13 @@ def run(arguments: Sequence[str]) -> None:
         _wait(process, base, log)
         _show(experiment.name, addresses, options.browser)
         process.wait()
-        raise UserError("the MLflow server has ended by itself", reason=_last_line(log))
+        raise UserError("the MLflow server has stopped unexpectedly", reason=_last_line(log))
 
 
 def compare_page(client: MlflowClient, experiment: Experiment) -> str:
     """The UI's page that compares the latest runs of an experiment, as the end of an address."""
     found = client.search_runs([experiment.experiment_id], max_results=_MOST_COMPARED)
-    # The parent of a sweep has nothing of its own to compare.
+    # The parent run of a sweep has no results to compare.
     parents = {run.data.tags.get("mlflow.parentRunId") for run in found}
     runs = [run.info.run_id for run in found if run.info.run_id not in parents]
     if not runs:
@@ -132,13 +132,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add(_STORE, metavar="URI", help=store)
     port = "port on this machine (default: 5000); 0 takes a free one"
     add("--port", type=integer(0, 65535), default=5000, metavar="N", help=port)
-    add("--experiment", metavar="NAME", help="whose runs to compare (default: that of the latest run)")
-    add("--no-browser", dest="browser", action="store_false", help="print the address only")
+    add("--experiment", metavar="NAME", help="experiment to show (default: the one with the latest run)")
+    add("--no-browser", dest="browser", action="store_false", help="only print the addresses")
     return parser.parse_args(arguments)
 
 
 def _free_port(port: int) -> int:
-    """The port, known to be free, or any free one for 0."""
+    """The port, after checking that it is free; for 0, any free port."""
     with socket.socket() as probe:
         # As the server does: a port that was in use a minute ago counts as free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -157,20 +157,20 @@ def _experiment(client: MlflowClient, uri: str, name: str | None) -> Experiment:
     experiments = {found.experiment_id: found for found in client.search_experiments()}
     latest = client.search_runs(list(experiments), order_by=["attributes.start_time DESC"], max_results=1)
     if not latest:
-        raise UserError(_STORE, redacted(uri), reason="holds no runs yet; `lrsa fit` records one")
+        raise UserError(_STORE, redacted(uri), reason="has no runs yet; `lrsa fit` records one")
     return experiments[latest[0].info.experiment_id]
 
 
 @contextlib.contextmanager
 def _server(uri: str, port: int) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
     """An ``mlflow server`` with its log; stopped with all its workers at the end of the block."""
-    # Not for its own clients: the server would ask itself. And no workers for jobs that this project has none of.
+    # With this variable, the server's own clients would ask the server itself. This project needs no workers for jobs.
     environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
     environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
-    # Its options are for everybody on the machine to see, passwords in it too.
+    # Not as an option: everybody on the machine can see options, and the URI may have a password.
     environment["MLFLOW_BACKEND_STORE_URI"] = uri
     with tempfile.TemporaryFile() as log:
-        # A session of its own: Ctrl-C reaches this process alone, which then stops the server in order.
+        # In a separate session, so that Ctrl-C reaches only this process, which then stops the server in order.
         process = subprocess.Popen(
             _command(uri, port), env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -189,12 +189,12 @@ def _command(uri: str, port: int) -> list[str]:
 
 
 def _has_training_view() -> bool:
-    """Whether this installation has registered it: one of before has not."""
+    """Whether this installation has registered the app; older installations have not."""
     return bool(metadata.entry_points(group="mlflow.app", name=_APP))
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server, then by force what is left of its process group: a worker can outlive its supervisor."""
+    """Stop the server, then kill the rest of its process group, because a worker can outlive its supervisor."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
@@ -218,12 +218,12 @@ def _wait(process: subprocess.Popen[bytes], base: str, log: IO[bytes]) -> None:
 def _last_line(log: IO[bytes]) -> str:
     log.seek(0)
     lines = log.read().decode(errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
 
 
 def _show(experiment: str, addresses: Sequence[str], browser: bool) -> None:
     titles = (f"Runs of {experiment!r}, side by side", "In a table", "The latest run")
     print("\n".join(f"{title}:\n{address}" for title, address in zip(titles, addresses, strict=False)), flush=True)
-    # Without a screen, webbrowser would start a text browser in this terminal.
+    # Without a display, webbrowser would start a text browser in this terminal.
     if browser and (os.name == "nt" or sys.platform == "darwin" or os.environ.get("DISPLAY")):
         webbrowser.open(addresses[0])

@@ -1,4 +1,4 @@
-"""``lrsa ask FILE "question"``: read a text of any length into one cache and answer questions from what it kept."""
+"""``lrsa ask FILE "question"``: read a text of any length into one cache and answer questions from it."""
 
 from lrsa_lit.cli.ask.command import run
 

@@ -1,7 +1,7 @@
-"""``lrsa ask FILE "question"``: read a text of any length into one cache and answer questions from what it kept.
+"""``lrsa ask FILE "question"``: read a text of any length into one cache and answer questions from it.
 
-The text is read before the question, as in the training prompts, so further questions reuse the cache: each is a turn
-more of the same conversation. Nothing heavy is imported before the arguments are known to be good.
+The text is read before the question, as in the training prompts, so further questions reuse the cache. Each question is
+another turn of the same conversation. Nothing heavy is imported before the arguments are checked.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ if TYPE_CHECKING:
 
 STDIN = "-"
 _FLAGS = dict.fromkeys(("model", "source", "tokenizer"), "--model") | FLAGS
-"""What this command calls the arguments of its parts."""
+"""The options of this command for arguments of its parts."""
 
 EPILOG = """\
-The answer is printed as it is generated, then how many tokens were read and how many the cache kept. With a terminal on
-stdin further questions can be typed; an empty line or Ctrl-D ends.
+The answer is printed while it is generated, then the numbers of tokens that were read and that the cache kept. If stdin
+is a terminal, you can type further questions; an empty line or Ctrl-D ends.
 
 examples:
   lrsa ask docs/extending.md "What is a compressor?"
@@ -68,11 +68,11 @@ def run(arguments: Sequence[str]) -> None:
     trained = trained_of(options, device)
     tokenizer = trained.tokenizer
     dialogue = Dialogue(tokenizer, text)
-    # Without a question yet, a short one.
+    # Without a question yet, check with a short one.
     _check_length(trained.backbone, dialogue, options.questions or ["?"], options)
     rule = rule_of(trained, options, notes)
     if options.cache is not None and rule is not None and rule.system is not None:
-        reason = f"is not allowed: {type(rule.system).__name__} holds more than keys and values, which cannot be saved"
+        reason = f"is not allowed: {type(rule.system).__name__} keeps more than keys and values, which cannot be saved"
         raise UserError("--cache", reason=reason)
     model = loaded(trained, rule, device)
     cache = taken(saved, model, dialogue) if saved is not None else _empty_cache(model, rule)
@@ -84,7 +84,7 @@ def run(arguments: Sequence[str]) -> None:
         try:
             _check_length(trained.backbone, dialogue, [question], options)
         except UserError as error:
-            # Only a typed question comes this far: the given ones were checked together.
+            # Only a typed question can fail here, because the given ones were checked together.
             notes.say(f"lrsa: {error}")
             continue
         if len(options.questions) > 1 and not options.json:
@@ -94,26 +94,26 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _json(answer: Answer) -> str:
-    # What stdout cannot encode would be escaped in a way that is not JSON's.
+    # Characters that stdout cannot encode would be escaped in a way that is not valid JSON.
     unicode = (sys.stdout.encoding or "").lower().startswith("utf")
     return json.dumps(dataclasses.asdict(answer), ensure_ascii=not unicode)
 
 
 def read_text(name: str) -> str:
-    """The text of a UTF-8 file, or of stdin for ``-``, without white space around it."""
+    """The text of a UTF-8 file, or of stdin for ``-``, without surrounding white space."""
     shown = _shown(name)
     check_path("FILE", name)
     try:
-        # A byte order mark is no part of the text.
+        # A byte order mark is not part of the text.
         text = _read(name).decode("utf-8-sig").strip()
     except OSError as error:
         raise UserError("FILE", shown, "a text file, or -", reason=f"cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise UserError("FILE", shown, reason=f"is not UTF-8 text (byte {error.start}); only that is allowed") from None
     if "\0" in text:
-        raise UserError("FILE", shown, "UTF-8 text, not UTF-16 or a binary file", reason="holds NUL characters")
+        raise UserError("FILE", shown, "UTF-8 text, not UTF-16 or a binary file", reason="contains NUL characters")
     if not text:
-        raise UserError("FILE", shown, reason="is empty; it must hold the text that the question is about")
+        raise UserError("FILE", shown, reason="is empty; it must contain the text that the question is about")
     return text
 
 
@@ -123,7 +123,7 @@ def _read(name: str) -> bytes:
             raise UserError("FILE", reason="stdin is closed; name a file, or pipe the text into this command")
         return sys.stdin.buffer.read()
     path = Path(name)
-    # The shell's <(…) is a pipe. Some devices never end.
+    # The shell's <(…) is a pipe, which is allowed. Some devices never end.
     if path.is_char_device() or path.is_block_device():
         raise UserError("FILE", path, "a text file, or -", reason="is a device")
     return path.read_bytes()
@@ -137,37 +137,39 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     about = "Answer questions about a text of any length from a compressed cache."
     parser = Parser("lrsa ask", description=about, epilog=EPILOG)
     add = parser.add_argument
-    add("file", metavar="FILE", nargs="?", help="the text, UTF-8; - reads it from stdin")
-    add("questions", metavar="QUESTION", nargs="*", help="answered in order, each knowing the ones before it")
+    add("file", metavar="FILE", nargs="?", help="the text in UTF-8; - reads it from stdin")
+    add("questions", metavar="QUESTION", nargs="*", help="answered in order; each question may refer to earlier ones")
     add("--model", metavar="SOURCE", help=f"{SOURCES} (default: {default_backbone()['source']})")
-    kept = "keep what is read in this file; if it is there, go on from it, and FILE may be left out"
+    kept = "save the text's cache to this file; if it exists, load it instead, and FILE may be left out"
     add("--cache", metavar="PATH", help=kept)
     add_rule(parser)
     add_loading(parser)
-    add("--max-new-tokens", type=integer(1), default=128, metavar="N", help="most tokens of an answer (default: 128)")
-    add("--json", action="store_true", help="one JSON object for each question, progress on stderr, no further asking")
+    add(
+        "--max-new-tokens", type=integer(1), default=128, metavar="N", help="maximum tokens of an answer (default: 128)"
+    )
+    add("--json", action="store_true", help="one JSON object for each question, progress on stderr, no typed questions")
     options = parser.parse_intermixed_args(arguments)
     _check_cache(options)
     for number, question in enumerate(options.questions, start=1):
         if not question.strip():
             raise UserError("QUESTION", reason=f"number {number} is empty", allowed="some text")
-        # Lone surrogates stand for bytes that are not UTF-8.
+        # Lone surrogates represent bytes that are not UTF-8.
         if re.search("[\ud800-\udfff]", question):
             raise UserError("QUESTION", reason=f"number {number} is not UTF-8 text; only that is allowed")
     check_rule(options)
     if not options.questions and not _asks(options):
-        raise UserError("QUESTION", reason="none is given; at least one is needed where none can be typed")
+        raise UserError("QUESTION", reason="give at least one, because none can be typed here")
     return options
 
 
 def _check_cache(options: argparse.Namespace) -> None:
-    """Tell a first question from the text's file, which a saved cache stands for."""
+    """Decide whether the first argument is FILE or, if the saved cache exists, already a question."""
     if options.cache is not None:
         check_path("--cache", options.cache)
         if options.dense:
             raise UserError("--cache", reason="it is not allowed with --dense, whose cache is not compressed")
         there = Path(options.cache).exists()
-        # A name without a blank is a name that was mistyped.
+        # Without a blank, it is a mistyped file name and not a question.
         if there and options.file not in (None, STDIN) and " " in options.file and not Path(options.file).exists():
             options.file, options.questions = None, [options.file, *options.questions]
         if there:
@@ -177,7 +179,7 @@ def _check_cache(options: argparse.Namespace) -> None:
 
 
 def _asks(options: argparse.Namespace) -> bool:
-    """Whether further questions can be typed. Scripts (``--json``) are never kept waiting for one."""
+    """Whether further questions can be typed. Not with ``--json``: scripts must not wait for input."""
     return not options.json and options.file != STDIN and sys.stdin is not None and sys.stdin.isatty()
 
 
@@ -202,7 +204,7 @@ def _questions(options: argparse.Namespace, notes: PlainConsole) -> Iterator[str
 def _check_length(
     backbone: Backbone, dialogue: Dialogue, questions: Sequence[str], options: argparse.Namespace
 ) -> None:
-    """Refuse what the model has no positions for: nothing is cut."""
+    """Refuse a text for which the model has too few positions; texts are never cut."""
     positions = getattr(backbone.config, "max_position_embeddings", None) or sys.maxsize
     needed = dialogue.tokens_with(questions, options.max_new_tokens)
     if needed > positions:
@@ -215,7 +217,7 @@ def _check_length(
 
 
 def _empty_cache(model: Any, rule: LRSAConfig | None) -> Any:
-    """A compressed cache, or a dense one where there is no rule."""
+    """A compressed cache, or a dense one if there is no rule."""
     from transformers import DynamicCache
 
     from lrsa_lit.attention import LRSACache

@@ -1,4 +1,4 @@
-"""``lrsa ask --cache PATH``: what a text has left in the cache, kept for the next command that asks about it."""
+"""``lrsa ask --cache PATH``: the cache of a text, saved for later commands that ask about it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from lrsa_lit.attention.cache_file import Saved
 
 TEXT = "text"
-"""The note that holds the text, so that its file may be left out."""
+"""The note with the text, so that FILE may be left out."""
 
 
 def read_saved(path: str | None) -> Saved | None:
-    """What is in the file; None if there is none yet. A UserError if it is damaged or is not a cache of a text."""
+    """Read a cache file; None if it does not exist yet, a UserError if it is damaged or not a cache of a text."""
     if path is None or not Path(path).exists():
         return None
     from lrsa_lit.attention.cache_file import read
@@ -30,7 +30,7 @@ def read_saved(path: str | None) -> Saved | None:
 
 
 def taken(saved: Saved, model: Any, dialogue: Dialogue) -> LRSACache:
-    """The cache of a dialogue's text; a UserError if the file is of another model, rule or text."""
+    """The cache of a dialogue's text; a UserError if the file is from another model, rule or text."""
     from lrsa_lit.attention import LRSACache
 
     with named("--cache"):
@@ -39,7 +39,7 @@ def taken(saved: Saved, model: Any, dialogue: Dialogue) -> LRSACache:
 
 
 def keep(path: str | None, model: Any, cache: Any, dialogue: Dialogue, text: str) -> None:
-    """Save what the text has left, if it is to be kept."""
+    """Save the cache of the text if a path is given."""
     if path is None:
         return
     try:

@@ -1,4 +1,4 @@
-"""A model that reads a text into a cache, call by call, and answers from what the cache kept."""
+"""A reader that feeds a text to a model, call by call, and answers questions from the cache."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
 _TOKENS_PER_CALL = {"cpu": 1024, "accelerator": 8192}
-"""So that the progress bar moves every second or so."""
+"""Chosen so that the progress bar moves about once a second."""
 _ROOM = 1024
-"""Most new tokens that a CUDA graph allocates memory for at a time."""
+"""Maximum number of new tokens that a CUDA graph allocates memory for at a time."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer and what it took: one line of ``--json``.
+    """An answer and its cost: one line of ``--json``.
 
     Attributes:
         question: as asked.
-        answer: without white space around it.
-        tokens_seen: tokens fed so far: the text, all questions and all answers, but for the last token generated.
-        tokens_kept: of them stored per head, averaged over the layers.
-        seconds_to_first_token: since the question was put; the first question's includes reading the text.
+        answer: without surrounding white space.
+        tokens_seen: tokens fed so far: the text, all questions and all answers, except the last generated token.
+        tokens_kept: tokens that are stored per head, averaged over the layers.
+        seconds_to_first_token: since the question was asked; for the first question, reading the text is included.
         seconds: the same up to the last token.
     """
 
@@ -53,7 +53,7 @@ class Answer:
 
 @dataclass
 class Reader:
-    """Reads a dialogue's text into an empty cache and answers from what that kept.
+    """Reads a dialogue's text into an empty cache and answers questions from it.
 
     The model is in evaluation mode, with LRSA enabled if the cache is a compressed one.
     """
@@ -66,13 +66,13 @@ class Reader:
     _reading: float = 0.0
 
     def __post_init__(self) -> None:
-        """Prepare the steps that generate."""
+        """Prepare the decoding steps."""
         from lrsa_lit.attention import single_token_steps
 
         self._step = single_token_steps(self.model, self.cache, room=min(self.max_new_tokens, _ROOM))
 
     def read(self, console: Console) -> None:
-        """Take in the text, with a progress bar."""
+        """Read the text into the cache, with a progress bar."""
         started = time.perf_counter()
         read = TextColumn("{task.completed:,.0f} of {task.total:,.0f} tokens{task.fields[rate]}")
         with Progress(TextColumn("reading"), BarColumn(), read, console=console) as progress:
@@ -120,7 +120,7 @@ class Reader:
         )
 
     def _end_prompt(self, *, behind_question: bool) -> None:
-        """Say so to a system for which the prompt is over; one that has cut does not cut again."""
+        """Tell a system that its prompt has ended; a system that has already cut does not cut again."""
         import torch
 
         from lrsa_lit.attention import LRSACache, end_prompt
@@ -133,7 +133,7 @@ class Reader:
             end_prompt(self.model, self.cache, prompt, encode=encode)
 
     def _feed(self, ids: Sequence[int], progress: Callable[[int], None] | None = None) -> torch.Tensor:
-        """Logits (1, 1, V) of the last of some tokens, one or more, fed in calls of bounded length."""
+        """Feed one or more tokens in calls of bounded length; returns the logits (1, 1, V) of the last one."""
         import torch
 
         from lrsa_lit.attention import prefill
@@ -144,7 +144,7 @@ class Reader:
 
 
 def kept_tokens(cache: Cache) -> int:
-    """Tokens that a cache of one row stores per head, averaged over the layers; all it has seen if it drops none."""
+    """Tokens that a cache of one row stores per head, averaged over the layers; all seen tokens if it drops none."""
     from lrsa_lit.attention import LRSACache
 
     if not isinstance(cache, LRSACache):
