@@ -126,7 +126,7 @@ MISTAKES = {
     "model": (["--rope-scaling", "yarn:0"], "--rope-scaling"),
     "unseen question": (["--rule", "{system: {class_path: SnapKV}}"], "question: true"),
     "no prompt": (["--tasks", "local_text", "--rule", "{system: {class_path: SnapKV, init_args: {question: true}}}"],
-                  "SnapKV answers behind a prompt"),
+                  "SnapKV answers after a prompt"),
 }  # fmt: skip
 
 

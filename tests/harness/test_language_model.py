@@ -203,11 +203,11 @@ def test_a_length_without_room_for_prompts_is_named():
 
 def test_systems_that_cannot_be_asked_so_are_named():
     unseen = LRSAConfig(system={"class_path": "SnapKV", "init_args": {"kept": 0.3}})
-    with pytest.raises(UserError, match=r"SnapKV cuts behind the context.*question: true"):
+    with pytest.raises(UserError, match=r"SnapKV cuts after the context.*question: true"):
         language_model(unseen)
     with pytest.raises(UserError, match="batch_size: 'auto'"):
         language_model(SYSTEMS["SnapKV"], batch_size="auto")
-    with pytest.raises(UserError, match="SnapKV answers behind a prompt"):
+    with pytest.raises(UserError, match="SnapKV answers after a prompt"):
         language_model(SYSTEMS["SnapKV"]).loglikelihood_rolling(asked(("text",)), disable_tqdm=True)
     with pytest.raises(UserError, match="KVzip reads prompts twice"):
         language_model(SYSTEMS["KVzip"]).generate_until(asked((PAIRS[0][0], {})), disable_tqdm=True)

@@ -1,6 +1,6 @@
 """``lrsa eval MODEL --tasks …``: lm-evaluation-harness on a model under its rule, another one, a system, or dense.
 
-Nothing heavy is imported before the arguments are known to be good.
+Nothing heavy is imported before the arguments are checked.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ _FLAGS = (
         "system": "--rule: system",
     }
 )
-"""What this command calls the arguments of its parts."""
+"""The options of this command for arguments of its parts."""
 
 EPILOG = """\
-A task is one of lm-evaluation-harness, of a folder given by --include-path, or a YAML file. Many need a network for
-their data. Task files may run code that they name.
+A task is one of lm-evaluation-harness or of the folder --include-path, or a YAML file. Many tasks download their data.
+Task files may run code that they name.
 
-Scores become an MLflow run with metrics such as eval/arc_easy/acc; its artifacts are what --out writes: results.json,
-table.md, and what was asked and answered.
+Scores become an MLflow run with metrics such as eval/arc_easy/acc. Its artifacts are the files that --out writes:
+results.json, table.md, and all questions and answers.
 
 examples:
   lrsa eval last.ckpt --tasks arc_easy,hellaswag --batch-size 8
@@ -75,7 +75,7 @@ def run(arguments: Sequence[str]) -> None:
     rule = rule_of(trained, options, notes, options.rule)
 
     if not sys.stderr.isatty():
-        # Its progress bars would fill a log.
+        # The harness's progress bars would fill a log.
         os.environ.setdefault("TQDM_DISABLE", "1")
     from lrsa_lit.harness.language_model import RuledLM, check_output_type, check_system
     from lrsa_lit.harness.run import check_gen_kwargs, load_tasks, output_types, quiet
@@ -89,7 +89,7 @@ def run(arguments: Sequence[str]) -> None:
     for kind in output_types(tasks):
         check_output_type(system, kind)
     if not options.no_mlflow:
-        # A store that does not answer is found before hours of evaluation.
+        # Detect a store that does not answer before hours of evaluation.
         connect(options.store, "--store")
     model = loaded(trained, rule, device)
     language_model = RuledLM(model, trained.tokenizer, batch_size=options.batch_size, max_length=options.max_length)
@@ -99,7 +99,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _evaluate(language_model: Any, options: argparse.Namespace, **given: Any) -> Any:
-    """What the harness finds, with the options that are its own."""
+    """Run the harness with the command's options."""
     from lm_eval import simple_evaluate
 
     seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
@@ -119,7 +119,7 @@ def _evaluate(language_model: Any, options: argparse.Namespace, **given: Any) ->
 
 
 def _report(results: Any, options: argparse.Namespace, trained: Trained, rule: LRSAConfig | None) -> None:
-    """Print the table, and write and record what is to be."""
+    """Print the table, and write and record the results as the options say."""
     from lrsa_lit.harness.run import metrics_of, table_of, write
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -166,7 +166,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--tasks", metavar="NAME", nargs="+", required=True, help="tasks, groups, patterns or YAML files; also A,B")
     add("--include-path", metavar="DIR", type=Path, help="a folder with further tasks")
     add_rule(parser)
-    settings = "further settings of model.lrsa, as YAML or a file; those of the options above win"
+    settings = "further settings of model.lrsa, as YAML or a file; the options above override them"
     add("--rule", metavar="SETTINGS", help=settings)
     batch = checked(_batch_size, "an integer >= 1, auto or auto:N")
     add("--batch-size", metavar="N", type=batch, default=1, help="requests at a time, or auto (default: 1)")
@@ -174,16 +174,22 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--num-fewshot", metavar="N", type=integer(0), help="examples before each question (default: the task's)")
     limit = checked(_limit, "a number of questions >= 1, or a share of them below 1")
     add("--limit", metavar="N", type=limit, help="questions of each task, or a share below 1")
-    template = "render requests by the model's chat template, or the one of that name"
+    template = "render requests by the model's chat template, or by its template NAME"
     add("--apply-chat-template", nargs="?", const=True, default=False, metavar="NAME", help=template)
-    add("--system-instruction", metavar="TEXT", help="a message of the system before each request")
-    turns = "examples as one message, not as turns of a chat"
+    add("--system-instruction", metavar="TEXT", help="a system message before each request")
+    turns = "put few-shot examples into one message, not into turns of a chat"
     add("--no-fewshot-as-multiturn", dest="fewshot_as_multiturn", action="store_false", help=turns)
-    add("--gen-kwargs", metavar="K=V,…", help="arguments of generation for all tasks that generate")
-    add("--seed", metavar="N", type=integer(0), default=1234, help="of examples and drawn tokens (default: 1234)")
-    add("--run-unsafe-code", action="store_true", help="let tasks run code that the model has written")
+    add("--gen-kwargs", metavar="K=V,…", help="generation arguments for all tasks that generate")
+    add(
+        "--seed",
+        metavar="N",
+        type=integer(0),
+        default=1234,
+        help="seed of few-shot examples and sampled tokens (default: 1234)",
+    )
+    add("--run-unsafe-code", action="store_true", help="let tasks run code that the model writes")
     add_loading(parser)
-    add("--out", metavar="DIR", type=Path, help="write results there, too")
+    add("--out", metavar="DIR", type=Path, help="also write results to this new folder")
     add("--store", metavar="URI", help=f"the MLflow store (default: {default_uri()})")
     add("--experiment", metavar="NAME", help="the MLflow experiment (default: lrsa)")
     add("--no-mlflow", action="store_true", help="record no run")
@@ -194,7 +200,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Refuse what can be refused before anything is loaded."""
+    """Check the options before anything is loaded."""
     check_rule(options)
     if options.dense and options.rule is not None:
         raise UserError("--rule", reason="it is not allowed with --dense, which has no rule")
@@ -205,15 +211,15 @@ def _check(options: argparse.Namespace) -> None:
     if options.include_path is not None:
         options.include_path = expanded("--include-path", options.include_path)
         if not options.include_path.is_dir():
-            raise UserError("--include-path", options.include_path, reason="is no folder")
+            raise UserError("--include-path", options.include_path, reason="is not a folder")
     for name in options.tasks:
         check_path("--tasks", name)
         if name.endswith((".yaml", ".yml")) and not Path(name).is_file():
-            raise UserError("--tasks", name, reason="is no file that exists")
+            raise UserError("--tasks", name, reason="does not exist")
     if options.out is not None:
         options.out = expanded("--out", options.out)
         if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-            raise UserError("--out", options.out, reason="is there already; name a new folder")
+            raise UserError("--out", options.out, reason="already exists; name a new folder")
         check_writable("--out", options.out, options.out.absolute())
     if not options.no_mlflow:
         options.store = checked_uri(options.store or default_uri(), "--store")
@@ -223,7 +229,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _settings(text: str) -> dict[str, Any]:
-    """The settings that ``--rule`` gives, in a file or as they are."""
+    """The settings that ``--rule`` gives, in a file or as YAML text."""
     import yaml
 
     from lrsa_lit.yaml_file import check_bounds, read_settings

@@ -34,14 +34,13 @@ if TYPE_CHECKING:
     from lrsa_lit.serving.chat_spec import Front
 
 KEY = "LRSA_API_KEY"
-"""The environment variable with the key that requests must have."""
+"""The environment variable with the API key that requests must have."""
 _NEEDED = ("litserve", "prometheus_client")
 _GIB = 1 << 30
 
 EPILOG = f"""\
-The server speaks OpenAI's /v1/chat/completions and /v1/models; /health tells whether it is ready, and /metrics is for
-Prometheus.
-If {KEY} is set, requests must have that key. SIGTERM and Ctrl-C let it end what it is answering.
+The server has OpenAI's /v1/chat/completions and /v1/models, /health, which shows whether it is ready, and /metrics for
+Prometheus. If {KEY} is set, requests must have that key. After SIGTERM and Ctrl-C, it finishes running answers.
 
 examples:
   lrsa serve last.ckpt
@@ -94,28 +93,40 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser("lrsa serve", description="Answer chats over OpenAI's interface.", epilog=EPILOG)
     add, gib = parser.add_argument, checked(_size, "GiB, from 0")
     add("model", metavar="MODEL", help=SOURCES)
-    add("--name", help="what clients call the model (default: the name of its file or folder)")
-    add("--host", default="127.0.0.1", choices=("127.0.0.1", "0.0.0.0", "::"), help="default: this machine alone")
+    add("--name", help="the model's name for clients (default: the name of its file or folder)")
+    add("--host", default="127.0.0.1", choices=("127.0.0.1", "0.0.0.0", "::"), help="default: this machine only")
     add("--port", type=integer(1024, 65535), default=8000, metavar="N", help="default: 8000")
-    add("--devices", type=integer(1), metavar="N", help="GPUs, a worker each (default: all that there are)")
-    add("--rows", type=integer(1, 4096), default=32, metavar="N", help="answers decoded together, each worker's (32)")
+    add("--devices", type=integer(1), metavar="N", help="number of GPUs, one worker on each (default: all)")
+    add("--rows", type=integer(1, 4096), default=32, metavar="N", help="answers that a worker decodes together (32)")
     add(
         "--memory",
         type=gib,
         metavar="GIB",
-        help="of caches, each worker's (default: 2, on CUDA half of what is free)",
+        help="memory for caches of each worker (default: 2, on CUDA half of the free memory)",
     )
     add(
         "--snapshots",
         type=gib,
         metavar="GIB",
-        help="of texts that were read (default: --memory / 4)",
+        help="memory for snapshots of read texts (default: --memory / 4)",
     )
-    add("--max-waiting", type=integer(1), default=256, metavar="N", help="requests that may wait; then 429 (256)")
-    add("--max-new-tokens", type=integer(1), default=1024, metavar="N", help="where a request says nothing (1024)")
-    step = "tokens of a prompt read between two tokens of the others (default: 512, on CUDA 4096)"
+    add(
+        "--max-waiting",
+        type=integer(1),
+        default=256,
+        metavar="N",
+        help="requests that may wait; further ones get status 429 (256)",
+    )
+    add("--max-new-tokens", type=integer(1), default=1024, metavar="N", help="if a request does not set it (1024)")
+    step = "tokens of a prompt read between two tokens of other answers (default: 512, on CUDA 4096)"
     add("--tokens-per-step", type=integer(1), metavar="N", help=step)
-    add("--drain", type=integer(0, 3600), default=30, metavar="S", help="seconds that answers have to end (30)")
+    add(
+        "--drain",
+        type=integer(0, 3600),
+        default=30,
+        metavar="S",
+        help="seconds that answers have to finish on exit (30)",
+    )
     add("--front-ends", type=integer(1, 64), default=1, metavar="N", help="processes that speak HTTP (1)")
     add_rule(parser)
     add_loading(parser)
@@ -150,7 +161,7 @@ def _devices(options: argparse.Namespace) -> list[torch.device]:
 
 
 def _served(rule: LRSAConfig | None, trained: Trained) -> LRSAConfig:
-    """The rule, if it can be served; without one, all layers are dense."""
+    """The rule, if it can be served; without a rule, all layers are dense."""
     from lrsa_lit.attention import LRSAConfig
     from lrsa_lit.serving.engine import check_served
 

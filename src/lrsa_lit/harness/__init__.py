@@ -1,1 +1,1 @@
-"""Models under a rule for lm-evaluation-harness (the extra ``eval``)."""
+"""Models with LRSA for lm-evaluation-harness (extra ``eval``)."""

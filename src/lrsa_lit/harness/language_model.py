@@ -1,4 +1,4 @@
-"""A causal language model, under a rule, a system or dense, as a model of lm-evaluation-harness.
+"""A causal language model for lm-evaluation-harness, under a rule, under a system, or dense.
 
 Dimensions: B requests, T tokens, A tokens of the longest continuation, V vocabulary.
 """
@@ -29,24 +29,24 @@ if TYPE_CHECKING:
     from lrsa_lit.systems.system import System
 
 _Request = tuple[Any, list[int], list[int]]
-"""As the harness has it: what was asked, the tokens of the context and those of the continuation."""
+"""A request of the harness: the text, the tokens of the context, and those of the continuation."""
 
 
 class RuledLM(HFLM):
-    """The harness's own ``hf`` model, with attention and cache those of what is enabled on the model.
+    """The harness's ``hf`` model, with the attention and the cache that are enabled on the model.
 
-    Whole sequences are read in one pass under the rule, which gives each token what a cache would have given it, and
-    texts are generated from an :class:`~lrsa_lit.attention.LRSACache`. A system that cuts behind the prompt has no such
-    pass: it reads the context of each request into a cache, cuts, and reads the continuation behind that.
+    Under a rule, whole sequences are read in one pass, in which each token attends to the same pairs as with a cache.
+    Texts are generated from an :class:`~lrsa_lit.attention.LRSACache`. A system that cuts after the prompt has no
+    such pass: it reads the context of each request into a cache, cuts, and then reads the continuation.
 
     Args:
-        model: LRSA enabled or not.
-        tokenizer: the model's.
-        batch_size: requests at a time, or ``auto``, as the harness has it.
-        max_length: most tokens of a request; None: the model's positions.
+        model: a model with or without LRSA.
+        tokenizer: the model's tokenizer.
+        batch_size: requests at a time, or ``auto``, as in the harness.
+        max_length: maximum number of tokens of a request; None: the model's positions.
 
     Raises:
-        UserError: the system cannot be evaluated so.
+        UserError: the system cannot be evaluated by the harness.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class RuledLM(HFLM):
         log = logging.getLogger("lm_eval.models.huggingface")
         before = log.level
         try:
-            # It warns of a model that is no name, which is what this class is for.
+            # The harness would warn that the model is not given by name, which is intended here.
             log.setLevel(logging.ERROR)
             super().__init__(
                 pretrained=model,  # type: ignore[arg-type]
@@ -77,13 +77,13 @@ class RuledLM(HFLM):
         self._ruled = rule is not None
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V) of whole sequences, padded on the right: what is behind a token changes nothing for it."""
+        """Logits (B, T, V) of whole sequences; padding on the right does not affect the tokens before it."""
         with torch.no_grad():
             logits: Tensor = self.model(input_ids=inps, use_cache=False).logits
         return logits
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
-        """Prompts (B, T), padded on the left, with what follows them."""
+        """Generate from prompts (B, T), padded on the left; returns prompts and answers."""
         if not self._ruled:
             return self._generated(context, max_length, stop, **generation_kwargs)
         check_output_type(self.system, "generate_until")
@@ -93,23 +93,23 @@ class RuledLM(HFLM):
             return self._generated(context, max_length, stop, **generation_kwargs)
 
     def _generated(self, *given: Any, **generation_kwargs: Any) -> Tensor:
-        """The harness's own."""
+        """Generate as the harness does."""
         tokens: Tensor = super()._model_generate(*given, **generation_kwargs)
         return tokens
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The harness's; a UserError where no room is left for prompts."""
+        """Generate as the harness does; a UserError if no room is left for prompts."""
         try:
             texts: list[str] = super().generate_until(requests, disable_tqdm)
         except AssertionError as error:
             if "max tokens to generate" not in str(error):
                 raise
-            reason = f"{self.max_length} leaves no room for prompts beside what a task generates"
-            raise UserError("max_length", reason=reason, hint="--gen-kwargs max_gen_toks=N lowers that") from error
+            reason = f"{self.max_length} leaves no room for prompts in addition to what a task generates"
+            raise UserError("max_length", reason=reason, hint="generate less by --gen-kwargs max_gen_toks=N") from error
         return texts
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The harness's; refused where a system needs a prompt."""
+        """Score texts as the harness does; a UserError if a system needs a prompt."""
         check_output_type(self.system, "loglikelihood_rolling")
         sums: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
         return sums
@@ -117,11 +117,11 @@ class RuledLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[_Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """The log-likelihood of each continuation, and whether it is the likeliest tokens."""
+        """The log-likelihood of each continuation, and whether its tokens are the most likely ones."""
         if not _cuts(self.system):
             whole: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
             return whole
-        # Contexts of about one length share a batch.
+        # Contexts of similar lengths share a batch.
         order = sorted(range(len(requests)), key=lambda index: -len(requests[index][1]))
         found: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(order), disable=disable_tqdm, desc="Running loglikelihood requests") as progress:
@@ -137,7 +137,7 @@ class RuledLM(HFLM):
 
     @torch.no_grad()
     def _behind_prompts(self, requests: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """The same of a batch of contexts and continuations, each cut behind its context."""
+        """The same for a batch of contexts and continuations, with a cut after each context."""
         assert self.system is not None
         fitting = [self._fitting(*request) for request in requests]
         wanted = [continuation for _, continuation in fitting]
@@ -149,7 +149,7 @@ class RuledLM(HFLM):
         logits, seen = read_prompts(self.model, cache, prompts, mask, encode=encode)
         parts, count = [logits], targets.shape[1] - 1
         step = 1 if self.system.answers_by_token else max(count, 1)
-        # The last token of a shorter continuation predicts nothing, and stands in the place of a pad.
+        # The last token of a shorter continuation predicts nothing, and is fed in place of padding.
         seen = torch.cat([seen, real[:, 1:].to(seen)], dim=1)
         for first in range(0, count, step):
             stop = min(first + step, count)
@@ -166,7 +166,7 @@ class RuledLM(HFLM):
         ]
 
     def _fitting(self, context: list[int], continuation: list[int]) -> tuple[Tensor, Tensor]:
-        """Both as tensors, without the first tokens of a context that would be too long, as the harness cuts it."""
+        """Both as tensors; a context that is too long loses its first tokens, as in the harness."""
         tokens = (context + continuation)[-(self.max_length + 1) :]
         count = len(continuation)
         if count >= len(tokens):
@@ -177,29 +177,29 @@ class RuledLM(HFLM):
 
 
 def check_system(system: System | None, batch_size: int | str) -> None:
-    """Raise a UserError unless a system can be evaluated on requests that are a context and a continuation."""
+    """Raise a UserError unless a system can be evaluated on requests with a context and a continuation."""
     if system is None or not _cuts(system):
         return
     if not system.question:
-        reason = f"{_name(system)} cuts behind the context of a question, and the harness does not say where that ends"
-        hint = "question: true among its init_args lets it cut behind the whole prompt, which it then has seen"
+        reason = f"{_name(system)} cuts after the context of a question, but the harness does not say where that ends"
+        hint = "with question: true in its init_args, it cuts after the whole prompt, including the question"
         raise UserError("system", reason=reason, hint=hint)
     if not isinstance(batch_size, int):
-        raise UserError("batch_size", batch_size, "an integer for a system that cuts behind prompts")
+        raise UserError("batch_size", batch_size, "an integer for a system that cuts after prompts")
 
 
 def check_output_type(system: System | None, output_type: str) -> None:
-    """Raise a UserError if requests of a kind, as tasks call it, cannot be answered under a system."""
+    """Raise a UserError if requests of an output type cannot be answered under a system."""
     if output_type == "loglikelihood_rolling" and _cuts(system):
-        reason = f"{_name(system)} answers behind a prompt, and the texts of perplexity have none"
-        raise UserError("system", reason=reason, hint="leave tasks of loglikelihood_rolling out")
+        reason = f"{_name(system)} answers after a prompt, but texts for perplexity have none"
+        raise UserError("system", reason=reason, hint="leave out tasks of the type loglikelihood_rolling")
     if output_type == "generate_until" and system is not None and system.repeats_prompt:
-        reason = f"{_name(system)} reads prompts twice, which no generation of the harness does"
+        reason = f"{_name(system)} reads prompts twice, but the harness generates after one reading"
         raise UserError("system", reason=reason, hint="evaluate it on multiple choice, or with lrsa compare")
 
 
 def _cuts(system: System | None) -> bool:
-    """Whether what a system makes of a text depends on where its prompt ends."""
+    """Whether the result of a system depends on where the prompt ends."""
     return system is not None and not system.trains
 
 

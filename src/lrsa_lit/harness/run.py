@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, loaded before a model is, and what it found, as files and as numbers."""
+"""Tasks of lm-evaluation-harness, which are loaded before the model, and its results as files and as numbers."""
 
 from __future__ import annotations
 
@@ -20,19 +20,22 @@ Results = dict[str, Any]
 """What ``lm_eval.simple_evaluate`` returns."""
 
 _OWN_GEN_KWARGS = ("until", "max_gen_toks", "max_tokens", "max_completion_tokens")
-"""What the harness takes beside the arguments of transformers."""
+"""Generation arguments of the harness, in addition to those of transformers."""
 _NOT_IN_NAMES = re.compile(r"[^\w\-. /]")
 
 
 def load_tasks(
     names: Sequence[str], include_path: Path | None, metadata: Mapping[str, Any]
 ) -> tuple[list[Any], TaskManager]:
-    """The tasks and groups of some names, with their documents, and what knows them; a name in .yaml is a file.
+    """Load tasks and groups with their documents, by name; a name in .yaml is a file.
 
-    The harness's own tasks are looked through only where other ones do not have all names.
+    The harness's own tasks are searched only if ``include_path`` and files do not have all names.
+
+    Returns:
+        The tasks and groups, and the manager that has loaded them.
 
     Raises:
-        UserError: there is none of a name, or one cannot be loaded.
+        UserError: a task does not exist or cannot be loaded.
     """
     manager = TaskManager(include_path=_folder(include_path), include_defaults=False, metadata=dict(metadata))
     if any(not _is_file(name) and not manager.match_tasks([name]) for name in names):
@@ -43,11 +46,11 @@ def load_tasks(
         if not matching:
             nearest = difflib.get_close_matches(name, manager.all_tasks, n=3)
             hint = f"the nearest are {', '.join(nearest)}" if nearest else "`lm_eval ls tasks` lists them"
-            raise UserError("--tasks", name, reason="is no task of lm-evaluation-harness", hint=hint)
+            raise UserError("--tasks", name, reason="is not a task of lm-evaluation-harness", hint=hint)
         for each in matching:
             try:
                 loaded = manager.load(each)
-            # Documents come from anywhere, and a task may run code of its own.
+            # Loading may raise any exception: documents come from anywhere, and a task may run its own code.
             except Exception as error:
                 reason = f"cannot be loaded: {message_of(error)[:300] or type(error).__name__}"
                 raise UserError("--tasks", name, reason=reason) from error
@@ -63,7 +66,7 @@ def load_tasks(
 
 
 def output_types(tasks: Sequence[Any]) -> set[str]:
-    """The kinds of requests of tasks and groups, as the harness calls them."""
+    """The harness's names of the kinds of requests of tasks and groups."""
     each = (task.get_all_tasks() if hasattr(task, "get_all_tasks") else [task] for task in tasks)
     return {str(task.OUTPUT_TYPE) for some in each for task in some}
 
@@ -77,7 +80,7 @@ def _is_file(name: str) -> bool:
 
 
 def check_gen_kwargs(text: str | None) -> None:
-    """Raise a UserError if arguments of generation are no NAME=VALUE, or ones that neither library knows."""
+    """Raise a UserError if generation arguments are not NAME=VALUE, or if neither library knows a name."""
     from transformers import GenerationConfig
 
     known = {*GenerationConfig().to_dict(), *_OWN_GEN_KWARGS}
@@ -86,18 +89,18 @@ def check_gen_kwargs(text: str | None) -> None:
         if part and (not assigned or name not in known):
             nearest = difflib.get_close_matches(name, known, n=3)
             hint = f"the nearest are {', '.join(nearest)}" if nearest else ""
-            raise UserError("--gen-kwargs", part, "arguments of generate as NAME=VALUE,…", hint=hint)
+            raise UserError("--gen-kwargs", part, "generation arguments as NAME=VALUE,…", hint=hint)
 
 
 def quiet() -> None:
-    """Let the harness log warnings alone, and of tasks' settings, to which it adds defaults of its own, only errors."""
+    """Let the harness log only warnings, and of tasks' settings only errors, because it adds its own defaults."""
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     for name in ("api.task", "config.task"):
         logging.getLogger(f"lm_eval.{name}").setLevel(logging.ERROR)
 
 
 def metrics_of(results: Results) -> dict[str, float]:
-    """Each score as ``eval/TASK/METRIC``, and its standard error; with the name of a filter where it has one."""
+    """Each score and its standard error as ``eval/TASK/METRIC``, or with ``/FILTER`` after that if it has a filter."""
     found: dict[str, float] = {}
     for task, scores in {**results.get("groups", {}), **results["results"]}.items():
         for name, value in scores.items():
@@ -119,7 +122,7 @@ def table_of(results: Results) -> str:
 
 
 def write(results: Results, folder: Path) -> None:
-    """Write results.json, table.md and, for each task, what it asked and was answered as samples_TASK.jsonl."""
+    """Write results.json, table.md and, for each task, its questions and answers as samples_TASK.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     for task, samples in results.get("samples", {}).items():
         with (folder / f"samples_{_NOT_IN_NAMES.sub('_', task).replace('/', '_')}.jsonl").open(
