@@ -40,7 +40,7 @@ TOOLS = {
     "eval": "evaluate a model with lm-evaluation-harness, under any rule",
     "export": "write a checkpoint as a folder that transformers loads",
     "input-moments": "measure moments of attention inputs, for low-rank keys and values with smaller errors",
-    "preference-pairs": "rewrite passages, and make pairs for training a summariser: a model's answers judge them",
+    "preference-pairs": "rewrite passages, and pair better with worse rewritings, for training a summariser",
     "schema": "print the JSON schema of the settings, for editors that complete YAML",
     "serve": "answer chats of many users at once over OpenAI's API",
     "study": "train and evaluate the rows of a study, part by part",
