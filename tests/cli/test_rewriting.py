@@ -124,7 +124,7 @@ MISTAKES = [
     ([*PAIRS, "--pairs", "1"], "--pairs: '1' is not allowed"),
     ([*PAIRS, "--estimate"], "--estimate: it is not allowed for preference-pairs"),
     ([*PAIRS, "--jugde", "x"], "jugde: no such setting; the nearest are judge"),
-    ([*PAIRS, "--data.init_args.train", "bare.jsonl"], "--to: none of 1 questions names supporting_titles"),
+    ([*PAIRS, "--data.init_args.train", "bare.jsonl"], "--to: none of 1 questions has supporting_titles"),
     (["summarise", "--to", "s", *QUICK], "--writer: is required"),
     (["summarise", "--writer", "tiny", *QUICK], "--to: is required"),
     ([*SUMMARISE, "--to", "."], "--to: . is a folder; it must be a file"),
