@@ -262,7 +262,7 @@ def test_it_counts_what_it_does(server):
 
 def test_a_port_in_use_is_refused(server, capfd):
     line = refusal(capfd, "serve", "tiny", "--port", str(server.port))
-    assert line.startswith(f"--port: {server.port} cannot be listened on at 127.0.0.1")
+    assert line.startswith(f"--port: {server.port} is not available on 127.0.0.1")
 
 
 @pytest.mark.parametrize(

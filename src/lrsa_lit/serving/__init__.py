@@ -1,1 +1,1 @@
-"""Answers for many readers at once: rows that join and leave between tokens, and texts that are read once."""
+"""An OpenAI-compatible server: continuous batching over compressed caches, and reuse of prompts already read."""

@@ -1,4 +1,4 @@
-"""Errors in the shape that OpenAI's clients read: a message, the field that is wrong, and a code."""
+"""Errors in OpenAI's format: a message, the wrong field, and a code."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_
 
 
 class ApiError(Exception):
-    """What is wrong with a request.
+    """An error of a request.
 
     Args:
-        message: in one line.
-        param: the field, as in ``messages[0].content``.
-        status: of HTTP.
-        code: a word for programs.
-        retry_after: seconds after which the same request may be taken.
+        message: one line for people.
+        param: the wrong field, for example ``messages[0].content``.
+        status: the HTTP status.
+        code: an identifier for programs.
+        retry_after: seconds after which the client may try again.
     """
 
     def __init__(
@@ -39,17 +39,17 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The JSON body of the response."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        """As HTTP has it."""
+        """The HTTP response."""
         return JSONResponse(self.body, self.status, self.headers)
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Let an app answer all errors in this shape."""
+    """Make an app return all errors in this format."""
     for kind, handler in ((ApiError, _own), (HTTPException, _of_http), (Exception, _unknown)):
         app.add_exception_handler(kind, handler)
 
@@ -65,4 +65,4 @@ async def _of_http(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _unknown(request: Request, error: Exception) -> JSONResponse:
-    return ApiError("the server failed; its log says why", status=500, code="internal_error").response()
+    return ApiError("the server failed; see its log", status=500, code="internal_error").response()

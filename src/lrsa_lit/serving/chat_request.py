@@ -1,4 +1,4 @@
-"""What OpenAI's clients send to ``/v1/chat/completions``: read, checked, and what is not supported refused by name."""
+"""Read and check requests of OpenAI clients to ``/v1/chat/completions``. Errors name unsupported fields."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _ONLY: dict[str, Sequence[Any]] = {
     "verbosity": [],
     "web_search_options": [],
 }
-"""Fields of the specification that are not supported, and the values with which they ask for nothing."""
+"""Unsupported fields of the specification, and the values that are accepted because they change nothing."""
 _NOTES = ("metadata", "prompt_cache_key", "safety_identifier", "user")
-"""Fields that say who asks and why, and nothing about the answer."""
+"""Fields about the client that do not affect the answer."""
 
 
 class _StreamOptions(BaseModel):
@@ -50,18 +50,19 @@ class _Message(BaseModel):
 
 
 class ChatRequest(BaseModel):
-    """A chat completion that is asked for; ranges are OpenAI's.
+    """A request for a chat completion, with OpenAI's value ranges.
 
     Attributes:
         model: the name of the model.
         messages: the conversation.
-        max_tokens: most tokens of an answer; ``max_completion_tokens`` is its newer name.
-        temperature: 0 takes the likeliest token.
-        top_p: the share of the probability that is drawn from.
-        seed: of the draws.
-        n: answers.
-        stop: texts before which an answer ends.
-        stream: send tokens as they come.
+        max_tokens: the most tokens per answer.
+        max_completion_tokens: the newer name of ``max_tokens``.
+        temperature: 0 takes the most likely token.
+        top_p: draw from the most likely tokens whose probabilities sum up to this share.
+        seed: the seed of the draws.
+        n: the number of answers.
+        stop: an answer ends before the first of these texts.
+        stream: send tokens as they are generated.
         stream_options: ``include_usage`` sends the usage at the end of a stream.
     """
 
@@ -81,12 +82,12 @@ class ChatRequest(BaseModel):
 
     @property
     def stops(self) -> list[str]:
-        """The texts before which an answer ends."""
+        """The stop texts as a list."""
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
 
     @property
     def conversation(self) -> list[dict[str, str]]:
-        """Messages with a role and a text; a developer's are the system's."""
+        """Messages with a role and a text. The role "developer" becomes "system"."""
         role = {"developer": "system"}
         return [
             {"role": role.get(message.role, message.role), "content": _text_of(message.content, number)}
@@ -95,10 +96,10 @@ class ChatRequest(BaseModel):
 
 
 def read_request(body: bytes) -> ChatRequest:
-    """What the body of a request asks for.
+    """Read and check the body of a request.
 
     Raises:
-        ApiError: it is no JSON, a field has a value that is not allowed, or asks for what is not supported.
+        ApiError: the body is not valid JSON, a value is not allowed, or a field is unknown or not supported.
     """
     try:
         request = ChatRequest.model_validate_json(body)
@@ -122,7 +123,7 @@ def read_request(body: bytes) -> ChatRequest:
     if len(request.stops) > 4 or not all(request.stops):
         raise ApiError("stop: up to 4 texts are allowed, none of them empty", "stop")
     if None not in (request.max_tokens, request.max_completion_tokens):
-        raise ApiError("max_tokens is not allowed beside max_completion_tokens, its newer name", "max_tokens")
+        raise ApiError("max_tokens is not allowed with max_completion_tokens, its newer name", "max_tokens")
     assert request.conversation
     return request
 
@@ -148,7 +149,7 @@ def _text_of(content: Any, number: int) -> str:
 
 
 def _param(place: tuple[int | str, ...]) -> str | None:
-    """A field as OpenAI writes it, without the types that pydantic names behind it."""
+    """The path of a field in OpenAI's notation, without the types that pydantic appends."""
     known = place[:3] if place[:1] == ("messages",) else place[:2] if place[:1] == ("stream_options",) else place[:1]
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in known)
     return text.removeprefix(".") or None

@@ -1,4 +1,4 @@
-"""OpenAI's interface on LitServe: ``/v1/chat/completions``, ``/v1/models`` and ``/metrics``."""
+"""OpenAI's API on LitServe: ``/v1/chat/completions`` and ``/v1/models``; also ``/metrics``."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Front:
-    """What is known of the model without its weights, to refuse what it cannot answer.
+    """The facts about a model that need no weights. With them, the front end refuses what the model cannot answer.
 
     Attributes:
-        name: of the model, as clients call it.
-        tokenizer: of the model.
-        positions: most tokens of a prompt and its answer.
-        max_new_tokens: of answers for which nobody says it.
-        past_bytes: the closed form of what a request holds.
-        graphed: whether rows are decoded by a CUDA graph.
-        max_waiting: requests that may wait.
+        name: the name of the model for clients.
+        tokenizer: the model's tokenizer.
+        positions: the most tokens of a prompt and its answer together.
+        max_new_tokens: the most tokens per answer if the request does not set it.
+        past_bytes: computes the cache size of a request.
+        graphed: whether rows are decoded with a CUDA graph.
+        max_waiting: the most requests that may wait.
     """
 
     name: str
@@ -58,14 +58,14 @@ class Front:
 
 @dataclasses.dataclass
 class _Choice:
-    """An answer that is being written."""
+    """A choice of a request that is being answered."""
 
     text: TextStream
     finish: Finish | None = None
 
 
 class _Answering:
-    """A request that is being answered: its events, and its choices so far."""
+    """A request that is being answered, with its events and the choices so far."""
 
     def __init__(self, job: Job, asked: ChatRequest, front: Front) -> None:
         self.job, self.asked, self.name = job, asked, front.name
@@ -80,7 +80,7 @@ class _Answering:
         return all(choice.finish is not None for choice in self.choices)
 
     def take(self, event: Event) -> str:
-        """What an event adds to the text of its choice."""
+        """Process an event; returns the text that it adds to its choice."""
         self.running -= event.finish is not None
         if event.finish == "refused":
             raise ApiError(event.error, "messages", code="request_too_large")
@@ -111,7 +111,7 @@ class _Answering:
         }
 
     def note(self) -> None:
-        """Count an answer that is complete."""
+        """Update the metrics for a complete answer."""
         usage = self.usage
         gauges.REQUESTS.labels("200").inc()
         gauges.PROMPT_TOKENS.inc(usage["prompt_tokens"])
@@ -122,13 +122,13 @@ class _Answering:
             gauges.TOKEN.observe((time.monotonic() - self.first) / (most - 1))
 
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> str:
-        """A part of a stream."""
+        """A chunk of a stream, as a server-sent event."""
         head = {"id": f"chatcmpl-{self.job.uid}", "object": "chat.completion.chunk", "created": self.created}
         return _sent(head | {"model": self.name, "system_fingerprint": None, "choices": choices} | more)
 
 
 class _Streamed(StreamingResponse):
-    """A stream of events; ``close`` is called behind it, also where the client leaves before it begins."""
+    """A stream of events. ``close`` is called at its end, even if the client leaves before it begins."""
 
     def __init__(self, content: AsyncIterator[str], close: Callable[[], None]) -> None:
         super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -142,7 +142,7 @@ class _Streamed(StreamingResponse):
 
 
 class _Dispatcher:
-    """In the place of one request's queue: hands each event to the request that it is of."""
+    """Replaces the queue of a single request: passes each event to its request."""
 
     def __init__(self, answering: dict[str, _Answering]) -> None:
         self._answering = answering
@@ -154,12 +154,12 @@ class _Dispatcher:
 
 
 class ChatSpec(OpenAISpec):  # type: ignore[misc]
-    """LitServe's OpenAI specification with the engine behind it.
+    """LitServe's OpenAI specification, served by the engine.
 
     Args:
-        front: what is known of the model.
-        limits: of each worker's engine.
-        shared: what processes tell each other.
+        front: the facts about the model that need no weights.
+        limits: the limits of each worker's engine.
+        shared: the state that all processes share.
     """
 
     def __init__(self, front: Front, limits: Limits, shared: Shared) -> None:
@@ -171,7 +171,7 @@ class ChatSpec(OpenAISpec):  # type: ignore[misc]
         self._watching: asyncio.Task[None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Workers need no tokenizer."""
+        """Leave out the front end's facts: workers need no tokenizer."""
         state: dict[str, Any] = super().__getstate__()
         return state | {"_known": None}
 
@@ -183,20 +183,20 @@ class ChatSpec(OpenAISpec):  # type: ignore[misc]
         self.add_endpoint("/metrics", self.metrics, ["GET"])
 
     async def models(self) -> JSONResponse:
-        """The one model."""
+        """List the only model."""
         return JSONResponse({"object": "list", "data": [self._model]})
 
     async def model(self, name: str) -> JSONResponse:
-        """The model of that name."""
+        """Describe the model ``name``."""
         self._check_name(name)
         return JSONResponse(self._model)
 
     async def metrics(self) -> Response:
-        """The counts of all processes."""
+        """The Prometheus metrics of all processes."""
         return Response(gauges.shown(), media_type=gauges.FORMAT)
 
     async def chat_completion(self, request: Request) -> Response:  # type: ignore[override]
-        """Answer a chat, at once or as a stream."""
+        """Answer a chat, as a whole or as a stream."""
         try:
             return await self._chat_completion(request)
         except ApiError as error:
@@ -205,13 +205,13 @@ class ChatSpec(OpenAISpec):  # type: ignore[misc]
 
     async def _chat_completion(self, request: Request) -> Response:
         began, body = time.monotonic(), await request.body()
-        # A long text takes a while, in which others are answered.
+        # In a thread, because tokenizing a long text would block other requests.
         one = await asyncio.to_thread(self._read, body)
         one.began = began
         await self._submit(one)
         gone, streamed = asyncio.create_task(_left(request)), False
         try:
-            # What fails before the first token has a status of its own, in a stream too.
+            # Wait for the first event, so that early errors set the HTTP status, also of streams.
             event = await _event(one, gone)
             if event is None:
                 return Response(status_code=499)
@@ -274,7 +274,7 @@ class ChatSpec(OpenAISpec):  # type: ignore[misc]
             yield _sent(error.body)
 
     def _read(self, body: bytes) -> _Answering:
-        """A request, checked, and its prompt's tokens."""
+        """Check a request and tokenize its prompt."""
         asked, front = read_request(body), self._front
         self._check_name(asked.model)
         try:
@@ -303,22 +303,20 @@ class ChatSpec(OpenAISpec):  # type: ignore[misc]
         return _Answering(job, asked, front)
 
     def _check_size(self, job: Job) -> None:
-        """Refuse what no worker will ever have room for."""
+        """Refuse a job that is too large for any worker."""
         limits, front = self._limits, self._front
         if job.choices > limits.rows:
             raise ApiError(f"n: {job.choices} is not allowed; this server has {limits.rows} rows", "n")
         places = 1 << (job.choices - 1).bit_length() if front.graphed else None
         needed = front.past_bytes.together([job.tokens] * job.choices, places)
         if needed > limits.memory:
-            message = (
-                f"messages: the request would hold {needed:,} bytes, more than the {limits.memory:,} of this server"
-            )
+            message = f"messages: the request needs {needed:,} bytes of cache; this server has {limits.memory:,}"
             raise ApiError(message, "messages", code="request_too_large")
 
     async def _submit(self, one: _Answering) -> None:
         if not self._shared.enter(self._front.max_waiting):
             seconds = min(60, max(1, math.ceil(self._seconds)))
-            message = f"{self._front.max_waiting} requests wait already; try again in {seconds} s"
+            message = f"{self._front.max_waiting} requests are already waiting; try again in {seconds} s"
             raise ApiError(message, status=429, code="queue_full", retry_after=seconds)
         if EVENTS not in self.response_buffer:
             queue: Any = _Dispatcher(self._answering)
@@ -330,7 +328,7 @@ class ChatSpec(OpenAISpec):  # type: ignore[misc]
         await asyncio.to_thread(self.request_queue.put, item)
 
     async def _watch(self) -> None:
-        """Let nobody wait for a worker that has died: LitServe then ends the server."""
+        """If a worker has died, fail all requests. LitServe then stops the server."""
         while True:
             await asyncio.sleep(1)
             if self._shared.bereaved:
@@ -338,7 +336,7 @@ class ChatSpec(OpenAISpec):  # type: ignore[misc]
                     one.events.put_nowait(Event(uid, 0, None, "error", one.cached, "a worker of the server has died"))
 
     def _close(self, one: _Answering) -> None:
-        """Forget a request; if it is not answered, its rows are given back."""
+        """Remove a request. If it is still running, cancel its job, which frees its rows."""
         if self._answering.pop(one.job.uid, None) is None:
             return
         self._seconds = 0.9 * self._seconds + 0.1 * (time.monotonic() - one.began)
@@ -361,13 +359,13 @@ class ChatSpec(OpenAISpec):  # type: ignore[misc]
 
 
 async def _left(request: Request) -> None:
-    """Wait until the client goes away; its request was read."""
+    """Wait until the client disconnects. Its request has already been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 async def _event(one: _Answering, gone: asyncio.Task[None]) -> Event | None:
-    """The next event, or None if the client goes away first."""
+    """The next event, or None if the client disconnects first."""
     waiting = asyncio.create_task(one.events.get())
     try:
         await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)

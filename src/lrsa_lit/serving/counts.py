@@ -1,4 +1,4 @@
-"""Where the processes of a server count for Prometheus."""
+"""The folder in which the processes of a server keep their Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import tempfile
 
 
 def share_counts() -> tempfile.TemporaryDirectory[str]:
-    """A folder for the counts of all processes, made known to them: before ``prometheus_client`` is imported."""
+    """Make a temporary folder for the metrics of all processes. Call it before ``prometheus_client`` is imported."""
     folder = tempfile.TemporaryDirectory(prefix="lrsa-serve-")
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder.name
     return folder

@@ -1,7 +1,7 @@
-"""Continuous batching over compressed caches: jobs in, tokens out, without a server.
+"""Continuous batching over compressed caches: jobs in, tokens out, independent of any server.
 
-A step reads a bounded piece of one prompt and then decodes one token of each row, so a long prompt does not keep others
-waiting. Every answer is what the job gets alone.
+A step reads a piece of bounded length of one prompt and then decodes one token of each row, so a long prompt does not
+block other answers. Every job gets the same answer as if it ran alone.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Limits:
-    """What an engine may take.
+    """The limits of an engine.
 
     Args:
-        rows: answers that are decoded together at most.
-        memory: bytes of all pasts together at most, those of snapshots aside.
-        snapshots: bytes of snapshots at most; 0 keeps none.
-        tokens_per_step: most tokens of a prompt that are read between two steps.
+        rows: the most answers that are decoded together.
+        memory: the most bytes of all caches together, without snapshots.
+        snapshots: the most bytes of snapshots; 0 keeps none.
+        tokens_per_step: the most tokens of a prompt that are read in one step.
     """
 
     rows: int = 32
@@ -45,13 +45,13 @@ class Limits:
 
 
 class Held(NamedTuple):
-    """What an engine holds now.
+    """The current load of an engine.
 
     Attributes:
-        rows: that are decoded.
+        rows: answers being decoded.
         reading: jobs whose prompts are being read.
         waiting: jobs that are not admitted yet.
-        reserved: bytes that the admitted will hold at most.
+        reserved: the most bytes that the caches of admitted jobs may use.
         snapshots: bytes of snapshots.
     """
 
@@ -69,7 +69,7 @@ class _Row(NamedTuple):
 
 @dataclass(eq=False)
 class _Answer:
-    """A choice that is being answered."""
+    """A choice that is being decoded."""
 
     job: Job
     draw: random.Random
@@ -91,12 +91,12 @@ class _Prompt:
 
 
 def check_served(config: LRSAConfig) -> None:
-    """Raise a UserError unless what a cache of the rule holds is a closed form of its length."""
+    """Raise a UserError unless the cache size of the rule is a closed form of the length."""
     if config.system is not None:
-        reason = "is not served: what it holds is no closed form of the length; rules of partitions are"
+        reason = "is not served: its cache size is not known in advance; rules of partitions are served"
         raise UserError("system", type(config.system).__name__, reason=reason)
     if config.latents:
-        raise UserError("latents", reason="are not served; only caches of keys and values are")
+        raise UserError("latents", reason="are not served, only caches of keys and values")
 
 
 class Engine:
@@ -105,11 +105,11 @@ class Engine:
     Args:
         model: a causal language model with LRSA enabled, in evaluation mode.
         stops: tokens that end an answer.
-        limits: what it may take.
-        graphed: as :class:`Rows` has it.
+        limits: the limits; by default those of :class:`Limits`.
+        graphed: as in :class:`Rows`.
 
     Raises:
-        UserError: the model obeys a system, or its caches hold latents.
+        UserError: LRSA is not enabled, the model has a system, or its caches hold latents.
     """
 
     def __init__(
@@ -132,35 +132,35 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing to do."""
+        """Whether there are no jobs."""
         return not (self._waiting or self._prompts or self._answers)
 
     @property
     def has_room(self) -> bool:
-        """Whether all jobs so far are admitted."""
+        """Whether all submitted jobs are admitted."""
         return not self._waiting
 
     @property
     def held(self) -> Held:
-        """What is held now."""
+        """The current load."""
         counts = len(self._answers), len(self._prompts), len(self._waiting)
         return Held(*counts, self._reserved(self._admitted.values()), self.snapshots.nbytes)
 
     def submit(self, job: Job) -> None:
-        """Take a job in, which waits until there is room for it.
+        """Submit a job. It waits until there is room for it.
 
         Raises:
-            UserError: there will never be: it is larger than all that there is.
+            UserError: the job exceeds the limits even if it runs alone.
         """
         if job.choices > self.limits.rows:
             raise UserError("n", job.choices, f"an integer from 1 to {self.limits.rows}, the rows of this server")
         if (needed := self._reserved([job])) > self.limits.memory:
-            reason = f"would hold {needed:,} bytes of the past, more than the {self.limits.memory:,} of this server"
+            reason = f"would need {needed:,} bytes of cache, more than the {self.limits.memory:,} of this server"
             raise UserError("messages", reason=reason, hint="shorten the prompt, or lower max_tokens or n")
         self._waiting.append(job)
 
     def cancel(self, uid: str) -> None:
-        """Forget a job, wherever it is; one that is not there was answered already."""
+        """Remove a job in any state. Unknown jobs are ignored, because they may have been answered already."""
         self._waiting = collections.deque(job for job in self._waiting if job.uid != uid)
         self._prompts = collections.deque(prompt for prompt in self._prompts if prompt.job.uid != uid)
         for row in [row for row in self._answers if row.uid == uid]:
@@ -176,12 +176,12 @@ class Engine:
         return events
 
     def _reserved(self, jobs: Iterable[Job]) -> int:
-        """Bytes that jobs will hold at most."""
+        """The most bytes that the caches of these jobs may use."""
         lengths = [job.tokens for job in jobs for _ in range(job.choices)]
         return self.past_bytes.together(lengths, self._rows.places(len(lengths)) if self._rows.graphed else None)
 
     def _admit(self) -> None:
-        """Admit jobs in their order: one that is large is not overtaken by small ones, and so has its turn."""
+        """Admit jobs in order. Small jobs do not overtake a large one, so it does not wait forever."""
         while self._waiting:
             jobs = [*self._admitted.values(), self._waiting[0]]
             if sum(job.choices for job in jobs) > self.limits.rows or self._reserved(jobs) > self.limits.memory:
@@ -196,7 +196,7 @@ class Engine:
             self._prompts.append(_Prompt(job, cache, cached, planned, cached, before))
 
     def _read(self) -> Iterator[Event]:
-        """Read a piece of the next prompt; they take turns."""
+        """Read a piece of the next prompt. Prompts take turns."""
         if not self._prompts:
             return
         prompt = self._prompts.popleft()
@@ -225,7 +225,7 @@ class Engine:
         yield from self._take(rows, logits.expand(len(rows), -1))
 
     def _read_piece(self, prompt: _Prompt) -> Tensor:
-        """Logits (1, V) of the last token of a piece."""
+        """Read the next piece of a prompt; returns the logits (1, V) of its last token."""
         ids, start = prompt.job.ids, prompt.done
         stop = min(len(ids), start + self.limits.tokens_per_step)
         stop = min([end for end in prompt.planned if start < end <= stop], default=stop)
@@ -242,7 +242,7 @@ class Engine:
         try:
             logits = self._rows.step({row: self._answers[row].token for row in rows})
         except Exception as error:
-            # The layers may hold different tokens now.
+            # The layers may now hold different tokens, so no row can continue.
             _log.exception("A step of %d rows failed", len(rows))
             answers, self._answers = self._answers, {}
             self._rows.clear()
@@ -252,7 +252,7 @@ class Engine:
         return list(self._take(rows, logits))
 
     def _take(self, rows: list[_Row], logits: Tensor) -> Iterator[Event]:
-        """Choose the next token of each row, of which some end with it."""
+        """Choose the next token of each row, and end the rows that are complete."""
         answers = [self._answers[row] for row in rows]
         jobs = [answer.job for answer in answers]
         uniform = [answer.draw.random() if answer.job.temperature > 0 else 0.0 for answer in answers]

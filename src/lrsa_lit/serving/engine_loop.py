@@ -1,4 +1,4 @@
-"""What LitServe runs in a worker: jobs from its queue into the engine, events back to who asked."""
+"""The loop that LitServe runs in a worker: it moves jobs from the queue to the engine, and events back to clients."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from litserve.utils import LitAPIStatus, LoopResponseType
 from lrsa_lit.serving.job import Event, Job
 
 EVENTS = "events"
-"""In the place of a request's name: what comes is of many requests. One message a step costs less than one a token."""
+"""Sent instead of a request's id: the message holds events of many requests, as one per token would be slower."""
 _IDLE = 0.5
-"""Seconds to wait for a job while there is nothing to do."""
+"""Seconds to wait for a job while the engine is idle."""
 _MOST_CANCELLED = 10_000
 
 
 @dataclass
 class Shared:
-    """What processes tell each other beside LitServe's queues.
+    """State that the server's processes share, in addition to LitServe's queues.
 
     Args:
-        workers: number of workers.
+        workers: the number of workers.
 
     Attributes:
-        waiting: requests that no worker has taken yet.
-        cancelled: for each worker, the names of jobs that nobody waits for any more.
-        pids: of the workers; 0 for one that is not ready.
+        waiting: the number of requests that no worker has taken yet.
+        cancelled: for each worker, the ids of jobs whose clients have left.
+        pids: the process ids of the workers; 0 for a worker that is not ready.
     """
 
     workers: int
@@ -42,14 +42,14 @@ class Shared:
     pids: Any = field(init=False)
 
     def __post_init__(self) -> None:
-        # LitServe starts its workers so.
+        # LitServe starts its workers with "spawn".
         context = multiprocessing.get_context("spawn")
         self.waiting = context.Value("i", 0)
         self.cancelled = [context.Queue() for _ in range(self.workers)]
         self.pids = context.Array("i", self.workers)
 
     def enter(self, most: int) -> bool:
-        """Count one more that waits, unless so many do already."""
+        """Count one more waiting request; False if ``most`` are waiting already."""
         with self.waiting.get_lock():
             if self.waiting.value >= most:
                 return False
@@ -57,7 +57,7 @@ class Shared:
             return True
 
     def taken(self) -> None:
-        """One that waited is with a worker."""
+        """Count one waiting request less, because a worker has taken it."""
         with self.waiting.get_lock():
             self.waiting.value -= 1
 
@@ -73,13 +73,13 @@ class Shared:
         return False
 
     def cancel(self, uid: str) -> None:
-        """Tell all workers, of which one has the job or will get it."""
+        """Cancel a job in all workers, because any of them may have it or get it."""
         for names in self.cancelled:
             names.put(uid)
 
 
 class EngineLoop(LitLoop):  # type: ignore[misc]
-    """Each run takes jobs and takes one step."""
+    """Each call of :meth:`run` takes jobs and runs one step of the engine."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class EngineLoop(LitLoop):  # type: ignore[misc]
         workers_setup_status: Any,
         callback_runner: Any,
     ) -> None:
-        """As LitServe has it, without end."""
+        """See LitServe's ``LitLoop``, which calls this again and again."""
         engine = lit_api.engine
         if not self._began:
             self._began, lit_api.shared.pids[worker_id] = True, os.getpid()
@@ -129,13 +129,13 @@ class EngineLoop(LitLoop):  # type: ignore[misc]
                 lit_api.engine.cancel(uid)
                 self._forget(uid)
                 continue
-            # It may still be in the queue, or with another worker.
+            # The job may still be in the queue, or another worker may have it.
             self._cancelled[uid] = None
             if len(self._cancelled) > _MOST_CANCELLED:
                 self._cancelled.popitem(last=False)
 
     def _take_jobs(self, lit_api: Any, request_queue: Any) -> list[Event]:
-        """Take jobs while there is room for them: the next one is another worker's otherwise."""
+        """Take jobs while the engine has room; the others are left to other workers."""
         engine, refused = lit_api.engine, []
         while engine.has_room:
             given = self.get_request(request_queue, block=engine.idle, timeout=_IDLE)

@@ -1,4 +1,4 @@
-"""What an engine is asked, and what it answers token by token."""
+"""Jobs, which an engine answers, and events, which it returns for each token."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ Finish = Literal["stop", "length", "refused", "error"]
 
 @dataclass(frozen=True)
 class Job:
-    """A prompt and how it is to be answered.
+    """A prompt and the settings of its answers.
 
     Attributes:
-        uid: its name, different from those of all others.
-        ids: the prompt's tokens, one or more.
-        max_new_tokens: most tokens of an answer.
-        temperature: 0 takes the likeliest token each time.
-        top_p: draw from the likeliest tokens whose probabilities reach this share.
-        seed: of the draws; None: a new one.
-        choices: answers, each drawn by itself.
+        uid: a unique id.
+        ids: the token ids of the prompt, one or more.
+        max_new_tokens: the most tokens per answer.
+        temperature: 0 always takes the most likely token.
+        top_p: draw from the most likely tokens whose probabilities sum up to this share.
+        seed: the seed of the draws; None means a random one.
+        choices: the number of answers, which are drawn independently.
     """
 
     uid: str
@@ -35,26 +35,26 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """Of the prompt and the longest answer."""
+        """The number of tokens of the prompt and the longest answer."""
         return len(self.ids) + self.max_new_tokens
 
     def draws(self) -> list[random.Random]:
-        """What draws the tokens of each choice; not what else is answered meanwhile, nor on which device."""
+        """The random generator of each choice. It does not depend on other jobs or on the device."""
         seed = secrets.randbits(64) if self.seed is None else self.seed
         return [random.Random(f"{seed}.{choice}") for choice in range(self.choices)]
 
 
 class Event(NamedTuple):
-    """What a step has brought one of a job's choices.
+    """The result of a step for one choice of a job.
 
     Attributes:
-        uid: the job's.
-        choice: its number.
-        token: the next one; None where there is none.
-        finish: why the choice ends with it: a token that ends answers (which is not shown), the most tokens,
-            a job that is too large, or an error; None: it goes on.
-        cached: tokens of the prompt that were not read again.
-        error: what went wrong.
+        uid: the id of the job.
+        choice: the index of the choice.
+        token: the next token; None if there is none.
+        finish: why the choice ends: "stop" (a stop token, which is not in ``token``), "length" (``max_new_tokens``),
+            "refused" (the job is too large) or "error". None if it continues.
+        cached: tokens of the prompt that were restored from a snapshot.
+        error: the error message.
     """
 
     uid: str

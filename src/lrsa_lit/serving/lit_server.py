@@ -1,4 +1,4 @@
-"""A LitServer that answers chats: built of its parts, run until it is told to end."""
+"""Build the LitServer that answers chats, and run it until SIGTERM or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _MOST_BODY = 64 << 20
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server listens, and how.
+    """The network settings of a server.
 
     Args:
         host: one of :data:`HOSTS`.
-        port: from 1024.
-        key: that requests must have; None: anybody may ask.
-        drain: seconds that answers have to end once the server is told to.
-        front_ends: processes that speak HTTP.
+        port: 1024 or higher.
+        key: the API key that requests must have; None needs no key.
+        drain: seconds that running answers have to finish after SIGTERM or Ctrl-C.
+        front_ends: number of HTTP processes.
     """
 
     host: str = "127.0.0.1"
@@ -45,26 +45,26 @@ class Address:
 
 
 def check_free(host: str, port: int) -> None:
-    """Raise a UserError unless the port can be listened on; a server takes long to load before it would say so."""
+    """Raise a UserError unless the port is free. The server itself would find out only after loading the model."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            reason = f"cannot be listened on at {host} ({error.strerror})"
-            raise UserError("--port", port, reason=reason, hint="end what uses it, or choose another") from None
+            reason = f"is not available on {host} ({error.strerror})"
+            raise UserError("--port", port, reason=reason, hint="choose another port") from None
 
 
 def serve(load: Load, front: Front, limits: Limits, address: Address, devices: list[str]) -> None:
-    """Serve until SIGTERM or Ctrl-C; what is being answered then is answered first.
+    """Serve until SIGTERM or Ctrl-C. Running answers are finished first.
 
     Args:
-        load: the model, in each worker.
-        front: what is known of the model without its weights.
-        limits: of each worker.
-        address: where it listens.
-        devices: of the workers, such as ``cpu`` or ``cuda:1``.
+        load: loads the model in each worker.
+        front: the facts about the model that need no weights.
+        limits: the limits of each worker.
+        address: the network settings.
+        devices: the device of each worker, such as ``cpu`` or ``cuda:1``.
     """
     shared = Shared(len(devices))
     api = ServingAPI(load, limits, shared, address.key, ChatSpec(front, limits, shared))
@@ -90,19 +90,19 @@ def serve(load: Load, front: Front, limits: Limits, address: Address, devices: l
                 generate_client_file=False,
             )
         except RuntimeError as error:
-            # A worker's own error is in the log.
+            # The worker has logged its own error.
             raise UserError("MODEL", reason=f"cannot be served: {message_of(error)}") from error
         except (EOFError, ConnectionError):
-            # LitServe has ended everything by then, its queues too.
-            raise SystemExit("lrsa: a worker has died, and the server with it; the log above may say why") from None
+            # LitServe has already stopped all processes and queues.
+            raise SystemExit("lrsa: a worker has died, so the server has stopped; see the log above") from None
 
 
 @contextlib.contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end LitServe as Ctrl-C does: front ends first, which wait for their answers, then workers.
+    """Make SIGTERM end LitServe like Ctrl-C: first the front ends, which wait for their answers, then the workers.
 
-    Some supervisors send it to all processes. What carries messages between them, a fork of this one, must not end
-    before the others.
+    Some supervisors send SIGTERM to all processes. The process that carries messages between them, a fork of this one,
+    ignores it, because it must not end before the others.
     """
     own = os.getpid()
 
@@ -111,7 +111,7 @@ def _ended_by_sigterm() -> Iterator[None]:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             raise KeyboardInterrupt
         if multiprocessing.current_process().name.startswith("LitServer"):
-            # Uvicorn raises the signal again once it has ended.
+            # Uvicorn raises the signal again after its shutdown.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.raise_signal(signal.SIGTERM)
 

@@ -1,4 +1,4 @@
-"""What an answer will hold of its past, before anything is read: a closed form of its length."""
+"""The cache size of an answer, computed in closed form from its length before anything is read."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lrsa_lit.ops.sparse_attention import spans
 
 
 class PastBytes:
-    """Bytes that a row holds at most while it reads and answers so many tokens in all.
+    """The most bytes that the cache of a row uses, from its number of tokens.
 
     Args:
-        config: the rule; systems have no such form.
-        model_config: the model's.
-        itemsize: bytes of a number in the cache.
+        config: the rule. Systems are not supported, because their size is not a closed form of the length.
+        model_config: the model's config.
+        itemsize: bytes per number in the cache.
     """
 
     def __init__(self, config: LRSAConfig, model_config: Any, itemsize: int) -> None:
@@ -26,18 +26,18 @@ class PastBytes:
         self._head = head_of(text, itemsize)
 
     def most(self, tokens: int) -> int:
-        """The most bytes of a row while ``tokens`` are taken in."""
+        """The most bytes of a row at any time while ``tokens`` are fed to it."""
         rule = self._config.rule
-        # Fullest it is where something is about to be compressed, or at the end; chunks that do not fit the partitions
-        # make these peaks uneven, which repeats itself after L chunks.
+        # A row is largest just before a compression, or at the end. If C does not divide L, these peaks differ; they
+        # repeat with the period lcm(L, C), so the last two periods are enough.
         period = math.lcm(rule.lag_size, rule.chunk)
         first = max(0, tokens - tokens % period - 2 * period - rule.sink_size - 2 * rule.lag_size)
         ends = {tokens, *(span.stop for span in spans(first, tokens, rule))}
-        # Buffers have spare rows.
+        # Growing buffers allocate 1/32 more than they need.
         return max(map(self._at, ends)) * 33 // 32
 
     def together(self, lengths: Sequence[int], places: int | None = None) -> int:
-        """The most bytes of rows of these lengths: as much as each needs, or where there are places, of the longest."""
+        """The most bytes of rows with these lengths. With ``places``, each place has the memory of the longest row."""
         if places is None or not lengths:
             return sum(map(self.most, lengths))
         return places * self.most(1 << (max(lengths) - 1).bit_length())

@@ -1,4 +1,4 @@
-"""The rows that are decoded together, one token of each at a time, whatever their lengths.
+"""Rows that are decoded together, one token per row and step, even if their lengths differ.
 
 Dimensions: R rows, V vocabulary.
 """
@@ -19,17 +19,14 @@ Key = TypeVar("Key")
 
 
 class Rows(Generic[Key]):
-    """Rows join with what their prompts have left in a cache, and leave between two tokens.
+    """A batch of rows. Rows join with the cache of their prompt, and join and leave between two tokens.
 
-    With a graph, rows stand in memory that is as large for each as for the longest, and as many of them as the next
-    power of two: one graph then serves whoever joins. Without, each row has what it needs.
+    With a CUDA graph, the number of places is a power of two, and each place has memory for the longest row, so that
+    one graph serves all rows that join. Without a graph, each row uses the memory that it needs.
 
     Args:
-        model: with LRSA enabled.
-        graphed: decode by a CUDA graph; None: where the model is on CUDA.
-
-    Attributes:
-        keys: of the rows, in their order.
+        model: a model with LRSA enabled.
+        graphed: decode with a CUDA graph; None means if the model is on CUDA.
     """
 
     def __init__(self, model: Any, *, graphed: bool | None = None) -> None:
@@ -38,7 +35,7 @@ class Rows(Generic[Key]):
         self.clear()
 
     def clear(self) -> None:
-        """Forget all rows."""
+        """Remove all rows."""
         self.cache = LRSACache.of(self.model)
         self._places: list[Key | None] = []
         self._longest: dict[Key, int] = {}
@@ -47,15 +44,15 @@ class Rows(Generic[Key]):
 
     @property
     def keys(self) -> list[Key]:
-        """Of the rows, in the order of their logits."""
+        """The keys of the rows, in the order of their logits."""
         return [key for key in self._places if key is not None]
 
     def places(self, rows: int) -> int:
-        """Places that so many rows take, those that are there already among them."""
+        """The number of places for ``rows`` rows in all; with a graph, at least the places that exist."""
         return max(len(self._places), 1 << (rows - 1).bit_length()) if self.graphed else rows
 
     def join(self, key: Key, cache: LRSACache, longest: int) -> None:
-        """Add the one row of a cache, which is empty afterwards; it will have ``longest`` tokens in all at most."""
+        """Move the only row of a cache to this batch. ``longest`` is the most tokens that the row will have in all."""
         if self.graphed and None in self._places:
             place = self._places.index(None)
             self.cache.replace_row(place, cache)
@@ -83,7 +80,7 @@ class Rows(Generic[Key]):
 
     @torch.no_grad()
     def step(self, tokens: Mapping[Key, int]) -> Tensor:
-        """Take in a token of each row; the logits (R, V) that follow, in the order of :attr:`keys`."""
+        """Feed one token per row; returns the next logits (R, V), in the order of :attr:`keys`."""
         given = [[0 if key is None else tokens[key]] for key in self._places]
         ids = torch.tensor(given, device=self.model.device)
         if not self.graphed:
@@ -106,12 +103,12 @@ class Rows(Generic[Key]):
         longest = 1 << (max(self._longest.values()) - 1).bit_length()
         needed = len(self._places), max(longest, self._decodes[1])
         if self._decoder is None or self._decodes != needed:
-            # Memory is for the longest: rows near their ends need no room beyond.
+            # room=1, because ``longest`` already covers all tokens of every row.
             self._decoder, self._decodes = Decoder(self.model, self.cache, room=1, longest=needed[1]), needed
         return self._decoder
 
     def _nobody(self) -> LRSACache:
-        """A row for a place that is free."""
+        """A dummy row of one token for a free place."""
         cache = LRSACache.of(self.model)
         prefill(self.model, torch.zeros(1, 1, dtype=torch.int64, device=self.model.device), cache)
         return cache

@@ -1,4 +1,4 @@
-"""The next token of each row, drawn with the row's own temperature, share and number.
+"""Sampling of the next token of each row, with a temperature, a top_p and a random number per row.
 
 Dimensions: R rows, V vocabulary.
 """
@@ -17,11 +17,11 @@ def next_tokens(
     """One token for each row of the logits (R, V).
 
     Args:
-        logits: finite, on any device.
-        temperatures: of each row; 0 takes the likeliest token.
-        top_ps: of each row, in (0, 1]: the likeliest tokens whose probabilities reach this share, one at least, are
-            drawn from (arXiv 1904.09751).
-        uniform: a number of each row, drawn from [0, 1).
+        logits: finite numbers, on any device.
+        temperatures: the temperature of each row; 0 takes the most likely token.
+        top_ps: the top_p of each row, in (0, 1]. The token is drawn from the most likely tokens whose probabilities sum
+            up to this share, at least one (nucleus sampling, arXiv 1904.09751).
+        uniform: a random number in [0, 1) for each row.
     """
     tokens = logits.argmax(dim=-1)
     if drawn := [row for row, temperature in enumerate(temperatures) if temperature > 0]:
@@ -32,7 +32,7 @@ def next_tokens(
 
         scaled = logits[drawn].double()
         scaled = (scaled - scaled.amax(dim=-1, keepdim=True)) / of_drawn(temperatures)
-        # Stable, so that ties fall the same way on each device.
+        # Stable, so that ties are broken the same way on every device.
         chances, order = scaled.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
         sums = chances.cumsum(dim=-1)
         kept = (sums - chances < of_drawn(top_ps)).sum(dim=-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""LitServe's API of a model: what a worker loads, and who may ask."""
+"""The LitServe API: loads the model in each worker and checks the API key."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from lrsa_lit.serving.engine import Engine, Held, Limits
 from lrsa_lit.serving.engine_loop import EngineLoop, Shared
 
 Load = Callable[[str], tuple[Any, frozenset[int]]]
-"""The model on a device, LRSA enabled, and the tokens that end an answer. It goes to other processes."""
+"""Loads the model on a device with LRSA enabled, and the tokens that end an answer. It is pickled for the workers."""
 
 
 class ServingAPI(litserve.LitAPI):  # type: ignore[misc]
     """Answers chats with the engine.
 
     Args:
-        load: the model.
-        limits: of each worker's engine.
-        shared: what processes tell each other.
-        key: that requests must have; None: anybody may ask.
-        spec: of the interface.
+        load: loads the model.
+        limits: the limits of each worker's engine.
+        shared: the state that all processes share.
+        key: the API key that requests must have; None needs no key.
+        spec: the HTTP interface.
     """
 
     def __init__(self, load: Load, limits: Limits, shared: Shared, key: str | None, spec: Any) -> None:
         super().__init__(spec=spec, loop=EngineLoop())
-        # Told to end, a worker ends its answers first.
+        # Set by SIGTERM: the worker finishes its answers and then exits.
         self.ending = False
         self._load, self._limits, self.shared, self._key = load, limits, shared, key
 
     def setup(self, device: str) -> None:
         """Load the model in a worker."""
-        # Ctrl-C goes to all processes of a terminal; those who wait for answers are to get them first.
+        # Ctrl-C reaches all processes of a terminal. Workers ignore it, so that they can finish their answers.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._end)
         model, stops = self._load(device)
@@ -48,7 +48,7 @@ class ServingAPI(litserve.LitAPI):  # type: ignore[misc]
         self.ending = True
 
     def note(self, held: Held) -> None:
-        """Tell Prometheus what the engine holds."""
+        """Set the Prometheus gauges to the engine's load."""
         from lrsa_lit.serving import gauges
 
         gauges.ROWS.set(held.rows)
@@ -58,7 +58,7 @@ class ServingAPI(litserve.LitAPI):  # type: ignore[misc]
         gauges.WAITING.set(self.shared.waiting.value)
 
     def authorize(self, request: Request) -> None:
-        """Raise an ApiError unless the request has the key. Whether the server lives, anybody may ask."""
+        """Raise an ApiError unless the request has the API key; ``/health`` needs none."""
         if self._key is None or request.url.path == "/health":
             return
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")

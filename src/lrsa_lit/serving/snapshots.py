@@ -1,4 +1,4 @@
-"""What prompts have left in the cache, kept at the ends of chunks for others that begin with the same tokens.
+"""Snapshots of caches at the ends of chunks, for later prompts that begin with the same tokens.
 
 Dimensions: H key-value heads, D head_dim.
 """
@@ -19,14 +19,14 @@ from lrsa_lit.attention.cache_layer import Past
 from lrsa_lit.ops.sparse_attention import Held, KeyValueStream, Rule
 
 _MOST_SEEN = 100_000
-"""Ends of chunks of earlier prompts that are remembered, 32 bytes each."""
+"""The most chunk ends of earlier prompts to remember, 32 bytes each."""
 Place = tuple[int, int, str]
-"""A layer, a part of it, and what that holds."""
+"""A layer, a part of it, and the kind of tensors."""
 
 
 @dataclass(eq=False)
 class _Snapshot:
-    """What is new since the parent: rows that no later token changes, and the window, which is all of its own.
+    """The rows that are new since the parent: settled rows, which later tokens do not change, and the raw window.
 
     Both are tensors (1, H, rows, D) by layer, part and kind.
     """
@@ -47,18 +47,18 @@ class _Snapshot:
 
 
 class Snapshots:
-    """Pasts of one row each, by the tokens that they are of; the least recently used go first.
+    """Snapshots of one-row caches by their tokens. The least recently used ones are removed first.
 
-    Snapshots of one text share their compact pairs; each has a raw window for itself. They are made where chunks end,
-    so that a prompt that goes on from one gets what it gets alone.
+    Snapshots of the same text share their compact pairs; each has its own raw window. They are taken at the ends of
+    chunks, so that a prompt that continues from one gets the same answer as without it.
 
     Args:
-        rule: of the cache.
-        capacity: most bytes of all; 0 keeps none.
-        every: tokens between two snapshots of a text that is read for the first time, about.
+        rule: the rule of the cache.
+        capacity: the most bytes in all; 0 keeps no snapshots.
+        every: approximate number of tokens between two snapshots of a new text.
 
     Attributes:
-        nbytes: of all that is kept.
+        nbytes: bytes of all snapshots.
     """
 
     def __init__(self, rule: Rule, capacity: int, every: int = 2048) -> None:
@@ -69,19 +69,19 @@ class Snapshots:
         self.nbytes = 0
 
     def __len__(self) -> int:
-        """Snapshots."""
+        """The number of snapshots."""
         return len(self._kept)
 
     def plan(self, ids: Sequence[int]) -> tuple[int, dict[int, bytes]]:
-        """How much of a prompt is known, and where to take snapshots of the rest.
+        """How much of a prompt a snapshot covers, and where to take snapshots of the rest.
 
         Args:
-            ids: its tokens.
+            ids: the tokens of the prompt.
 
         Returns:
-            The length of the longest snapshot that the prompt begins with, 0 if there is none, and the lengths at which
-            :meth:`take` is to be called, each with its key: where the prompt departs from an earlier one, its last end
-            of a chunk, and some between.
+            The length of the longest snapshot with which the prompt begins, 0 if there is none. And the lengths at
+            which to call :meth:`take`, each with its key: the last chunk end that an earlier prompt shares, the last
+            chunk end of this prompt, and some others at regular distances.
         """
         if not self.capacity:
             return 0, {}
@@ -98,14 +98,14 @@ class Snapshots:
         return known, {end: keys[end] for end in ends if end in wanted and end > known}
 
     def restore(self, ids: Sequence[int], length: int, cache: LRSACache) -> None:
-        """Let an empty cache go on behind the first ``length`` tokens, which :meth:`plan` has found."""
+        """Fill an empty cache with the first ``length`` tokens of a prompt; :meth:`plan` returned this length."""
         snapshot: _Snapshot | None = self._kept[dict(self._keys(ids))[length]]
         assert snapshot is not None
         chain: list[_Snapshot] = []
         recent, token_bytes = snapshot.recent, snapshot.token_bytes
         while snapshot is not None:
             chain.append(snapshot)
-            # A parent is never older than its children: these go first.
+            # Children first, so that a parent is always more recently used than its children.
             snapshot = snapshot.parent
         for each in chain:
             self._kept.move_to_end(each.key)
@@ -116,12 +116,12 @@ class Snapshots:
         cache.restore([_past(layer, length, bytes_, parts) for layer, bytes_ in enumerate(token_bytes)])
 
     def take(self, key: bytes, cache: LRSACache, parent: bytes | None) -> None:
-        """Keep what a cache of one row holds now.
+        """Take a snapshot of a cache with one row.
 
         Args:
-            key: that of :meth:`plan`.
-            cache: it stands at the end of a chunk.
-            parent: the key of the snapshot before it on the way, if there was one.
+            key: the key from :meth:`plan`.
+            cache: the cache, which must be at the end of a chunk.
+            parent: the key of the previous snapshot of the same prompt, if there is one.
         """
         if key in self._kept:
             self._kept.move_to_end(key)
@@ -141,7 +141,7 @@ class Snapshots:
         self._evict()
 
     def key_of(self, ids: Sequence[int], length: int) -> bytes:
-        """The key of the first ``length`` tokens, which end a chunk."""
+        """The key of the first ``length`` tokens; a chunk must end there."""
         return dict(self._keys(ids))[length]
 
     def _evict(self) -> None:
@@ -153,7 +153,7 @@ class Snapshots:
                 oldest.parent.children -= 1
 
     def _keys(self, ids: Sequence[int]) -> Iterator[tuple[int, bytes]]:
-        """Each end of a chunk in the prompt but for its last token, and the digest of the tokens before it."""
+        """Each chunk end before the last token of the prompt, with the digest of the tokens before it."""
         digest, before = hashlib.sha256(), 0
         first = self.rule.sink_size + 2 * self.rule.lag_size
         for end in range(first, len(ids), self.rule.chunk):

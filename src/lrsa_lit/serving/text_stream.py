@@ -1,4 +1,4 @@
-"""The text of an answer as its tokens come, up to where it is to stop."""
+"""Decode the text of an answer token by token, up to a stop text."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ if TYPE_CHECKING:
 
 
 class TextStream:
-    """Text is handed out once no later token changes it and no stop can begin in it.
+    """Incremental decoding. Text is returned once no later token can change it and no stop text can begin in it.
 
     Args:
-        tokenizer: of the model, a fast one.
-        stops: texts before which the answer ends.
+        tokenizer: the model's tokenizer, a fast one.
+        stops: the answer ends before the first of these texts.
 
     Attributes:
-        tokens: that were pushed.
-        stopped: whether one of the stops was found; nothing comes behind it.
+        stopped: whether a stop text was found. No more text follows then.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> None:
@@ -32,11 +31,11 @@ class TextStream:
 
     @property
     def tokens(self) -> int:
-        """How many were pushed."""
+        """The number of tokens pushed."""
         return len(self._ids)
 
     def push(self, token: int) -> str:
-        """What can be handed out of the text once another token is there."""
+        """Add a token; returns the new text that is now final."""
         assert not self.stopped
         self._ids.append(token)
         text = self._decoding.step(self._tokenizer.backend_tokenizer, token) or ""  # type: ignore[attr-defined]
@@ -44,10 +43,10 @@ class TextStream:
         return self._released(text)
 
     def end(self) -> str:
-        """The rest of the text, once no token comes any more."""
+        """The rest of the text after the last token."""
         if self.stopped:
             return ""
-        # Bytes that are no whole character are shown as the tokenizer shows them.
+        # The tokenizer decodes incomplete characters at the end.
         whole = str(self._tokenizer.decode(self._ids))
         text = self._released(whole[len(self._decoded) :] if whole.startswith(self._decoded) else "")
         rest, self._held = self._held, ""
@@ -65,5 +64,5 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The longest end of a text that a stop begins with."""
+    """The length of the longest end of ``text`` with which ``stop`` begins; the whole stop does not count."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
