@@ -115,11 +115,12 @@ class LRSAConfig:
             returns is also allowed.
         system: the KV-cache system that replaces partitions in all layers that are not dense (``lrsa_lit.systems``).
             The dict that its ``to_dict`` returns is also allowed. null means the rule that the other settings describe.
-        head_top_k: replaces ``top_k``. Either a list with K of each layer, or for each layer a list with K of each KV
-            head, or the path of a JSON file with such a list. In it, null means ``top_k``, K = L makes a layer or head
-            dense, and K = 0 keeps only sinks and the raw window. Or ``{ranking: FILE, budget: 0.25, tokens: 4096}``:
-            the file ranks heads or layers (gates or an ablation). As many of the best are dense as this share of a
-            dense cache allows after that many tokens; all others have ``top_k``.
+        head_top_k: separate K for layers or heads, instead of ``top_k``. A list with K of each layer, a list of lists
+            with K of each KV head in each layer, or the path of a JSON file with one of these. In lists, null means
+            ``top_k``, K = L makes a layer or head dense, and K = 0 keeps only sinks and the raw window. Or
+            ``{ranking: FILE, budget: 0.25, tokens: 4096}``: the file (gates or an ablation) ranks heads or layers. As
+            many of the best are dense as this share of a dense cache allows after that many tokens; the others have
+            ``top_k``.
         latents: let caches hold the latents of kept tokens instead of their keys and values, in the layers that make
             keys and values from latents (``model.backbone.low_rank``). The attention stays the same.
 
