@@ -36,7 +36,7 @@ def test_what_cannot_be_shared_is_refused(options, told, tmp_path, capfd):
 @pytest.mark.parametrize(
     ("rule", "objective", "rope", "told"),
     [
-        (LRSAConfig(system=FreqKV()), AnswerLoss(), "default", "FreqKV chooses"),
+        (LRSAConfig(system=FreqKV()), AnswerLoss(), "default", "FreqKV selects"),
         (None, Sum([AnswerLoss(), OddsRatio()]), "default", "OddsRatio compares whole answers"),
         (LRSAConfig(), AnswerLoss(), "dynamic", r"rotary positions \(dynamic\)"),
     ],

@@ -217,7 +217,7 @@ class LRSACacheLayer(CacheLayerMixin):
         return Measured(held, peak, read, dense, stream.attended_pairs, pairs, stored, stream.seen, stream.seen)
 
     def probing_nbytes(self, row: int) -> float:
-        """The most bytes that probes of a row allocated in addition to the stored ones."""
+        """The most temporary bytes of a row: pairs of probes, or keys and values made from latents."""
         shared = len(self.streams) == 1
         return self.streams[0 if shared else row].probing_nbytes / (self.rows if shared else 1)
 

@@ -40,7 +40,7 @@ class Layout:
     shared: SharedRows | None = None
 
     def apply(self, attend: PackedAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Run ``attend`` on each sequence separately; outputs of pads are 0.
+        """Run ``attend`` so that sequences do not see each other; outputs of pads are 0.
 
         Queries and output are (B, Hq, T, D). Keys and values are (B, H, T or more, D): they have more tokens if an
         uncompressed cache holds the past.

@@ -8,7 +8,7 @@ from typing import Any
 from lrsa_lit.errors import UserError, under
 
 OF_RULE = ("sink_size", "lag_size", "top_k", "chunk_size", "value_weight", "compressor")
-"""Settings of an ``LRSAConfig`` that no system reads. It refuses ``head_top_k`` and ``latents`` itself."""
+"""Settings that no system reads. ``LRSAConfig`` itself refuses ``head_top_k`` and ``latents`` with a system."""
 
 
 def check_read(changes: Mapping[str, Any], system: Any) -> None:
