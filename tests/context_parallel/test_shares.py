@@ -125,7 +125,7 @@ def test_compact_pairs_are_k_of_l_of_what_a_ring_moves():
 
 @pytest.mark.parametrize(("tokens", "ranks"), [(47, 4), (1, 2)])
 def test_a_row_of_less_than_two_partitions_for_each_rank_is_refused(tokens, ranks):
-    with pytest.raises(UserError, match=f"two partitions for each device, and one has {tokens}"):
+    with pytest.raises(UserError, match=f"two partitions each, and one has {tokens}"):
         Shares.cut([0, tokens], ranks, Rule(sink_size=3, lag_size=6, top_k=2))
 
 
