@@ -134,7 +134,7 @@ def test_what_does_not_suit_is_refused(capfd, elsewhere):
     told = refusal(capfd, *answer, "--data.init_args.max_tokens", "40000")
     assert told.startswith("data.init_args.max_tokens: 40000 is not allowed; tiny has 8192 positions")
     told = refusal(capfd, *answer, "--estimate")
-    assert told == "model.digests: works only with lrsa fit, validate, test and predict"
+    assert told == "model.digests: works only with fit (not --estimate), validate, test and predict"
     told = refusal(capfd, *answer, "--config", "configs/trainer/fsdp.yaml", "--trainer.devices", "1")
     assert told == "trainer.strategy: cannot train model.digests, because it shards the model"
     told = refusal(capfd, "test", *STAGES["answer"], "--budget", "0.2")

@@ -70,7 +70,9 @@ class LRSACLI(RunCLI):
         preflight.check_positions(model, self.datamodule)
         if model.digests is not None:
             if self.instead():
-                raise UserError("model.digests", reason="works only with lrsa fit, validate, test and predict")
+                raise UserError(
+                    "model.digests", reason="works only with fit (not --estimate), validate, test and predict"
+                )
             preflight.check_digests(str(self.subcommand), model.digests, self.datamodule)
 
     def check_beginning(self) -> None:
