@@ -120,7 +120,7 @@ class _State:
         if isinstance(source, str) and (source.startswith(PACKAGE_SCHEME) or source.endswith(".gguf")):
             resolve(source, key="model.backbone.source")
         elif isinstance(source, str) and re.match(r"[.~/]", source):
-            _exists("model.backbone.source", source, "a model folder, a hub name or a GGUF file")
+            _exists("model.backbone.source", source, "a folder, a hub name, a GGUF file, package://…, or tiny")
         for name in (*_SPLITS, "source"):
             path, key = self._values.get(f"data.init_args.{name}"), f"data.init_args.{name}"
             if not isinstance(path, str) or "${" in path or not self._classes.get("data"):
