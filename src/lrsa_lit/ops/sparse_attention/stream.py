@@ -68,12 +68,12 @@ class Stream(ABC):
 
     @property
     def peak_nbytes(self) -> int:
-        """The most bytes that were stored at any time, including within calls."""
+        """The most bytes stored so far, also within calls, where the stream records it; otherwise those stored now."""
         return max(self._peak, self.nbytes)
 
     @property
     def probing_nbytes(self) -> int:
-        """The most additional bytes of pairs that :meth:`KeyValueStream.probe` attended to without storing them."""
+        """The most additional bytes of pairs that were attended to without being stored, by a probe or from latents."""
         return self._probing
 
     @property
