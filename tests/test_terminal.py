@@ -61,6 +61,7 @@ def test_a_message_is_one_line_without_passwords(monkeypatch):
     log_to(console)
     logging.getLogger("lrsa_lit.x").info("[red]%s at http://joe:hunter2@host", EVIL)
     logging.getLogger("another").warning("two\nlines")
+    logging.getLogger("huggingface_hub.utils").warning("printed by its own handler")
     first, *others = console.file.getvalue().splitlines()
     assert f"[red]{ESCAPED} at http://host" in first
     assert [line.split()[-1] for line in others] == ["two", "lines"]

@@ -42,5 +42,7 @@ def log_to(console: Console | None = None) -> None:
     """Log all warnings and this project's messages to a console; to standard output if None."""
     handler = RichHandler(console=console or PlainConsole(), show_path=False, show_time=False)
     handler.setFormatter(_Formatter("%(message)s"))
+    # This library also prints its records itself.
+    handler.addFilter(lambda record: record.name.partition(".")[0] != "huggingface_hub")
     logging.basicConfig(handlers=[handler])
     logging.getLogger("lrsa_lit").setLevel(logging.INFO)

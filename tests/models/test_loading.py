@@ -56,6 +56,12 @@ def test_weights_without_a_place_are_said(folder, caplog):
     assert "v_head.weight" in caplog.text
 
 
+def test_a_whole_model_is_loaded_without_a_word(folder, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    build(folder)
+    assert not caplog.text
+
+
 def test_a_tied_head_is_not_missing(tmp_path):
     config = tiny_config()
     config.tie_word_embeddings = True

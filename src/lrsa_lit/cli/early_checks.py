@@ -203,6 +203,8 @@ def _known(key: str, name: str, known: Iterable[str], everywhere: Callable[[], I
 
 
 def _exists(key: str, path: str, allowed: str) -> None:
+    if not path:
+        raise UserError(key, path, allowed)
     if not expanded(key, path).exists():
         raise UserError(key, path, allowed, reason="does not exist")
 

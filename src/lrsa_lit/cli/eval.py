@@ -21,6 +21,7 @@ from lrsa_lit.cli.model_options import (
     add_loading,
     add_rule,
     check_rule,
+    check_source,
     device_of,
     loaded,
     rule_of,
@@ -201,6 +202,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _check(options: argparse.Namespace) -> None:
     """Check the options before anything is loaded."""
+    check_source("MODEL", options.model)
     check_rule(options)
     if options.dense and options.rule is not None:
         raise UserError("--rule", reason="it is not allowed with --dense, which has no rule")

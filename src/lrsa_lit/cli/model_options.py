@@ -12,8 +12,9 @@ from lrsa_lit import plugins
 from lrsa_lit.cli.arguments import add_plugins, checked, integer
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.checkpoint import Trained
+from lrsa_lit.models.checkpoint_file import SUFFIX
 from lrsa_lit.models.rope import LARGEST_FACTOR, RopeScaling
-from lrsa_lit.paths import shipped
+from lrsa_lit.paths import expanded, shipped
 from lrsa_lit.terminal import PlainConsole
 
 if TYPE_CHECKING:
@@ -63,6 +64,14 @@ def check_rule(options: argparse.Namespace) -> None:
     """Refuse options of the rule with ``--dense``, which ignores them."""
     if ignored := [name for name in RULE_FLAGS if options.dense and getattr(options, name) is not None]:
         raise UserError(FLAGS[ignored[0]], reason="it is not allowed with --dense, which compresses nothing")
+
+
+def check_source(option: str, source: str | None) -> None:
+    """Refuse, before torch is imported, an empty name of a model and a checkpoint that does not exist."""
+    if source is not None and not source.strip():
+        raise UserError(option, source, SOURCES, reason="names no model")
+    if source is not None and source.endswith(SUFFIX) and not expanded(option, source).exists():
+        raise UserError(option, reason=f"{source} does not exist")
 
 
 def default_backbone() -> dict[str, Any]:

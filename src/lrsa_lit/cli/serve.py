@@ -17,6 +17,7 @@ from lrsa_lit.cli.model_options import (
     add_loading,
     add_rule,
     check_rule,
+    check_source,
     device_of,
     loaded,
     rule_of,
@@ -93,7 +94,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser("lrsa serve", description="Answer chats over OpenAI's interface.", epilog=EPILOG)
     add, gib = parser.add_argument, checked(_size, "GiB, from 0")
     add("model", metavar="MODEL", help=SOURCES)
-    add("--name", help="the model's name for clients (default: the name of its file or folder)")
+    add("--name", help="the model's name for clients (default: the name of the base model)")
     add("--host", default="127.0.0.1", choices=("127.0.0.1", "0.0.0.0", "::"), help="default: this machine only")
     add("--port", type=integer(1024, 65535), default=8000, metavar="N", help="default: 8000")
     add("--devices", type=integer(1), metavar="N", help="number of GPUs, one worker on each (default: all)")
@@ -131,6 +132,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add_rule(parser)
     add_loading(parser)
     options = parser.parse_args(arguments)
+    check_source("MODEL", options.model)
     check_rule(options)
     if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
         raise UserError(

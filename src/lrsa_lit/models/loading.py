@@ -23,7 +23,9 @@ _log = logging.getLogger(__name__)
 
 def pretrained(auto_class: Any, location: str, source: str, *, trust_remote_code: bool = False, **options: Any) -> Any:
     """Load by one of transformers' Auto classes from a folder or hub name; errors become a UserError of ``source``."""
-    with _in_one_line(source):
+    # A mistyped path looks like a hub name.
+    missing = "" if os.path.exists(location) else "is not a folder here and "
+    with _in_one_line(source, missing):
         return auto_class.from_pretrained(location, trust_remote_code=trust_remote_code, **options)
 
 
@@ -95,7 +97,7 @@ def _check_size(config: PreTrainedConfig, location: str, source: str, trust_remo
 
 
 @contextlib.contextmanager
-def _in_one_line(source: str) -> Iterator[None]:
+def _in_one_line(source: str, missing: str = "") -> Iterator[None]:
     """Turn any exception of a library into a UserError: none of our code runs inside, and files fail in many ways."""
     try:
         yield
@@ -104,7 +106,7 @@ def _in_one_line(source: str) -> Iterator[None]:
         if "trust_remote_code" in reason:
             reason = "comes with its own code, which runs only with this setting; set it if you trust the code"
             raise UserError("trust_remote_code", source, reason=reason) from error
-        raise UserError("source", source, reason=f"cannot be loaded: {reason[:300]}") from error
+        raise UserError("source", source, reason=f"{missing}cannot be loaded: {reason[:300]}") from error
 
 
 @contextlib.contextmanager
@@ -124,9 +126,13 @@ def system_errors() -> Iterator[None]:
 def _without_table() -> Iterator[None]:
     """Hide transformers' table of missing weights; :func:`check_complete` reports them in one line."""
     logger = logging.getLogger("transformers.modeling_utils")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    # With a level instead of a filter, transformers would report which layers tensor parallelism does not shard.
+    logger.addFilter(_is_error)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logger.removeFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR

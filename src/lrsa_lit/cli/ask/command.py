@@ -25,6 +25,7 @@ from lrsa_lit.cli.model_options import (
     add_loading,
     add_rule,
     check_rule,
+    check_source,
     default_backbone,
     device_of,
     loaded,
@@ -156,6 +157,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         # Lone surrogates represent bytes that are not UTF-8.
         if re.search("[\ud800-\udfff]", question):
             raise UserError("QUESTION", reason=f"number {number} is not UTF-8 text; only that is allowed")
+    check_source("--model", options.model)
     check_rule(options)
     if not options.questions and not _asks(options):
         raise UserError("QUESTION", reason="give at least one, because none can be typed here")
