@@ -66,7 +66,7 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
         if target is None or not (ROOT / target).exists():
             # It stays as it is written, and mkdocs complains about it.
             return match[0]
-        return f"]({posixpath.relpath(_page_of(target), here or '.')}{match[2] or ''})"
+        return f"]({posixpath.relpath(_page_of(target), here or '.')}{match[2] or ''}"
 
     parts = _FENCE.split(markdown)
     return "".join(part if number % 2 else _LINK.sub(moved, part) for number, part in enumerate(parts))

@@ -5,6 +5,7 @@ import json
 import logging
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -38,6 +39,17 @@ def test_the_site_builds_without_a_warning_and_has_every_page(tmp_path, caplog, 
     commands = (tmp_path / "reference" / "commands.html").read_text(encoding="utf-8")
     assert "usage: lrsa export" in commands
     assert "sparse_attention" in (tmp_path / "reference" / "python.html").read_text(encoding="utf-8")
+
+
+def test_a_link_of_the_checkout_becomes_one_of_the_site():
+    pytest.importorskip("mkdocs.config")
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="index.md"))
+    text = (
+        "See [a](docs/start/cpu.md), ![b](docs/figures/method.svg) ([c](RESULTS.md#how-sure)), [d](https://d.org/e).\n"
+    )
+    assert script("hooks").on_page_markdown(text, page=page) == (
+        "See [a](start/cpu.md), ![b](figures/method.svg) ([c](results.md#how-sure)), [d](https://d.org/e).\n"
+    )
 
 
 def test_each_page_has_a_place_in_the_navigation():
