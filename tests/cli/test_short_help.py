@@ -207,3 +207,8 @@ def test_the_test_of_a_resumed_fit_takes_its_last_checkpoint(capfd):
         "Ask it: lrsa ask --model new.ckpt report.txt",
         "Ask it: lrsa ask --model new.ckpt report.txt",
     ]
+
+
+def test_questions_of_a_fit_with_plugins_need_them_too(capfd):
+    show_next("new.ckpt", ["--plugins", "one", "-c", "a.yaml", "--plugins=two"], tests=False)
+    assert capfd.readouterr().out == "Ask it: lrsa ask --plugins one --plugins=two --model new.ckpt report.txt\n"

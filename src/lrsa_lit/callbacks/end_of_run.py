@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shlex
 from abc import ABC, abstractmethod
@@ -229,7 +230,8 @@ def show_next(checkpoint: str, arguments: Sequence[str], *, tests: bool, rewrite
         summarise = ["lrsa", "summarise", "--writer", checkpoint, "--to", "summaries.jsonl", *of_data]
         console.say(f"Summarise passages with it: {shlex.join(summarise)}")
     elif asks:
-        console.say(f"Ask it: {shlex.join(['lrsa', 'ask', '--model', checkpoint, 'report.txt'])}")
+        ask = ["lrsa", "ask", *_of_flag(arguments, "--plugins"), "--model", checkpoint, "report.txt"]
+        console.say(f"Ask it: {shlex.join(ask)}")
 
 
 def _without(arguments: Sequence[str], flag: str) -> list[str]:
@@ -239,6 +241,12 @@ def _without(arguments: Sequence[str], flag: str) -> list[str]:
         position = kept.index(flag)
         del kept[position : position + 2]
     return [argument for argument in kept if not argument.startswith(f"{flag}=")]
+
+
+def _of_flag(arguments: Sequence[str], flag: str) -> list[str]:
+    """A flag with its values, as often as it is given."""
+    apart = [part for pair in itertools.pairwise(arguments) if pair[0] == flag for part in pair]
+    return [*apart, *(argument for argument in arguments if argument.startswith(f"{flag}="))]
 
 
 def _evaluation_tables(
