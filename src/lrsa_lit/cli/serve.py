@@ -24,6 +24,7 @@ from lrsa_lit.cli.model_options import (
     trained_of,
 )
 from lrsa_lit.errors import UserError
+from lrsa_lit.serving.address import HOSTS, Address, check_free
 from lrsa_lit.serving.counts import share_counts
 from lrsa_lit.terminal import PlainConsole, log_to
 
@@ -53,13 +54,13 @@ examples:
 def run(arguments: Sequence[str]) -> None:
     """Run the command; a mistake in the arguments or the model is a UserError."""
     options = _parse(arguments)
+    check_free(options.host, options.port)
     notes = PlainConsole(stderr=True, soft_wrap=True)
     log_to(notes)
     with share_counts():
         from lrsa_lit.serving.engine import Limits
-        from lrsa_lit.serving.lit_server import Address, check_free, serve
+        from lrsa_lit.serving.lit_server import serve
 
-        check_free(options.host, options.port)
         devices = _devices(options)
         trained = trained_of(options, devices[0])
         rule = _served(rule_of(trained, options, notes), trained)
@@ -95,7 +96,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add, gib = parser.add_argument, checked(_size, "GiB, from 0")
     add("model", metavar="MODEL", help=SOURCES)
     add("--name", help="the model's name for clients (default: the name of the base model)")
-    add("--host", default="127.0.0.1", choices=("127.0.0.1", "0.0.0.0", "::"), help="default: this machine only")
+    add("--host", default="127.0.0.1", choices=HOSTS, help="default: this machine only")
     add("--port", type=integer(1024, 65535), default=8000, metavar="N", help="default: 8000")
     add("--devices", type=integer(1), metavar="N", help="number of GPUs, one worker on each (default: all)")
     add("--rows", type=integer(1, 4096), default=32, metavar="N", help="answers that a worker decodes together (32)")

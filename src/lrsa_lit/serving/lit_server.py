@@ -6,54 +6,20 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
 from types import FrameType
 
 import litserve
 
 from lrsa_lit.errors import UserError, message_of
+from lrsa_lit.serving.address import Address
 from lrsa_lit.serving.api_error import add_handlers
 from lrsa_lit.serving.chat_spec import ChatSpec, Front
 from lrsa_lit.serving.engine import Limits
 from lrsa_lit.serving.engine_loop import Shared
 from lrsa_lit.serving.serving_api import Load, ServingAPI
 
-HOSTS = ("127.0.0.1", "0.0.0.0", "::")
-"""Addresses that LitServe listens on."""
 _MOST_BODY = 64 << 20
-
-
-@dataclass(frozen=True)
-class Address:
-    """The network settings of a server.
-
-    Args:
-        host: one of :data:`HOSTS`.
-        port: 1024 or higher.
-        key: the API key that requests must have; None needs no key.
-        drain: seconds that running answers have to finish after SIGTERM or Ctrl-C.
-        front_ends: number of HTTP processes.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    key: str | None = None
-    drain: int = 30
-    front_ends: int = 1
-
-
-def check_free(host: str, port: int) -> None:
-    """Raise a UserError unless the port is free. The server itself would find out only after loading the model."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            reason = f"is not available on {host} ({error.strerror})"
-            raise UserError("--port", port, reason=reason, hint="choose another port") from None
 
 
 def serve(load: Load, front: Front, limits: Limits, address: Address, devices: list[str]) -> None:
