@@ -191,8 +191,7 @@ class Engine:
             cache, (cached, planned) = LRSACache.of(self.model), self.snapshots.plan(job.ids)
             before = None
             if cached:
-                self.snapshots.restore(job.ids, cached, cache)
-                before = self.snapshots.key_of(job.ids, cached)
+                before = self.snapshots.restore(job.ids, cached, cache)
             self._prompts.append(_Prompt(job, cache, cached, planned, cached, before))
 
     def _read(self) -> Iterator[Event]:

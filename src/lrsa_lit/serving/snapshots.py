@@ -97,9 +97,14 @@ class Snapshots:
         wanted = {departs, *ends[-1:], *ends[:: self._stride]}
         return known, {end: keys[end] for end in ends if end in wanted and end > known}
 
-    def restore(self, ids: Sequence[int], length: int, cache: LRSACache) -> None:
-        """Fill an empty cache with the first ``length`` tokens of a prompt; :meth:`plan` returned this length."""
-        snapshot: _Snapshot | None = self._kept[dict(self._keys(ids))[length]]
+    def restore(self, ids: Sequence[int], length: int, cache: LRSACache) -> bytes:
+        """Fill an empty cache with the first ``length`` tokens of a prompt; :meth:`plan` returned this length.
+
+        Returns:
+            The snapshot's key, the parent of the next one.
+        """
+        key = dict(self._keys(ids))[length]
+        snapshot: _Snapshot | None = self._kept[key]
         assert snapshot is not None
         chain: list[_Snapshot] = []
         recent, token_bytes = snapshot.recent, snapshot.token_bytes
@@ -114,6 +119,7 @@ class Snapshots:
             rows = [each.settled[place] for each in reversed(chain) if place in each.settled]
             parts[place] = tuple(torch.cat(tensors, dim=2) for tensors in zip(*rows, window, strict=True))
         cache.restore([_past(layer, length, bytes_, parts) for layer, bytes_ in enumerate(token_bytes)])
+        return key
 
     def take(self, key: bytes, cache: LRSACache, parent: bytes | None) -> None:
         """Take a snapshot of a cache with one row.
@@ -139,10 +145,6 @@ class Snapshots:
                 self._kept.move_to_end(ancestor.key)
                 ancestor = ancestor.parent
         self._evict()
-
-    def key_of(self, ids: Sequence[int], length: int) -> bytes:
-        """The key of the first ``length`` tokens; a chunk must end there."""
-        return dict(self._keys(ids))[length]
 
     def _evict(self) -> None:
         while self.nbytes > self.capacity:
