@@ -15,19 +15,16 @@ Each row runs in processes of its own through the same Trainer, strategy and tas
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-import transformers
-from device_runs import Clock, OnDevice, batches
+from device_runs import Clock, OnDevice, batches, in_processes, write_record
 from torch import Tensor
 
 from lrsa_lit.attention import LRSAConfig
@@ -59,20 +56,8 @@ def main(args: list[str] | None = None) -> int:
         devices: max((row["tokens"] for row in rows if "error" not in row and row["devices"] == devices), default=None)
         for devices in (1, options.devices)
     }
-    record = {
-        "date": datetime.date.today().isoformat(),
-        "device": "cpu" if options.smoke else torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "lightning": lightning.__version__,
-        "dtype": "bfloat16",
-        "rule": str(RULE),
-        "rows": rows,
-        "longest": trained,
-    }
     print(f"Longest row: {trained}")
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "context_parallel.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_record(options.out / "context_parallel.json", rows, rule=RULE, smoke=options.smoke, longest=trained)
     return int(any("error" in row for row in rows if row["part"] == "step"))
 
 
@@ -101,18 +86,10 @@ def _parse(args: list[str] | None) -> argparse.Namespace:
 def _in_processes(part: str, devices: int, attention: str, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
     """Run a case in processes that end with it; its row, or what went wrong."""
     row = options.out / f".context_parallel-{part}-{devices}-{attention}-{tokens}.json"
-    options.out.mkdir(parents=True, exist_ok=True)
-    row.unlink(missing_ok=True)
-    command = [sys.executable, str(Path(__file__).resolve()), "--one", part, "--devices", str(devices)]
-    command += ["--attention", attention, "--row", str(row), "--tokens", str(tokens)]
-    command += ["--steps", str(options.steps if part == "step" else 1)] + ["--smoke"] * options.smoke
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-    if done.returncode or not row.exists():
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return {"part": part, "devices": devices, "attention": attention, "tokens": tokens, "error": last[:300]}
-    found: dict[str, Any] = json.loads(row.read_text())
-    row.unlink()
-    return found
+    flags = ["--one", part, "--devices", str(devices), "--attention", attention, "--tokens", str(tokens)]
+    flags += ["--steps", str(options.steps if part == "step" else 1)] + ["--smoke"] * options.smoke
+    about = {"part": part, "devices": devices, "attention": attention, "tokens": tokens}
+    return in_processes(__file__, row, flags, about=about)
 
 
 def _train(options: argparse.Namespace) -> None:

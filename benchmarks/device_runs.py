@@ -1,14 +1,21 @@
-"""What benchmarks of several devices share: batches, a clock, and a sharded model that is drawn on its devices."""
+"""What benchmarks of several devices share: processes, records, batches, a clock, and a model drawn on its devices."""
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
+import transformers
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
@@ -16,6 +23,37 @@ from lrsa_lit.data.collate import collate
 from lrsa_lit.strategies import FullySharded
 
 ANSWER, GIB = 64, 2**30
+
+
+def in_processes(script: str, row: Path, flags: list[str], *, about: dict[str, Any]) -> dict[str, Any]:
+    """Run a script in processes that end with it; the row that it writes, or ``about`` and what went wrong."""
+    row.parent.mkdir(parents=True, exist_ok=True)
+    row.unlink(missing_ok=True)
+    command = [sys.executable, str(Path(script).resolve()), "--row", str(row), *flags]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    if done.returncode or not row.exists():
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return {**about, "error": last[:300]}
+    found: dict[str, Any] = json.loads(row.read_text())
+    row.unlink()
+    return found
+
+
+def write_record(path: Path, rows: list[dict[str, Any]], *, rule: Any, smoke: bool, **more: Any) -> None:
+    """Write the rows of a benchmark with the device and the versions that made them."""
+    record = {
+        "date": datetime.date.today().isoformat(),
+        "device": "cpu" if smoke else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "lightning": lightning.__version__,
+        "dtype": "bfloat16",
+        "rule": str(rule),
+        "rows": rows,
+        **more,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def batches(tokens: int, steps: int, seed: int, *, smoke: bool) -> DataLoader[Any]:

@@ -10,20 +10,17 @@ as ``lrsa fit``. Writes ``results/two_gpus.json``; ``--smoke`` runs all of it wi
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import json
 import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-import transformers
-from device_runs import Clock, OnDevice, batches
+from device_runs import Clock, OnDevice, batches, in_processes, write_record
 from lightning.pytorch.strategies import DDPStrategy
 
 from lrsa_lit.attention import LRSAConfig
@@ -48,20 +45,9 @@ def main(args: list[str] | None = None) -> int:
             print(json.dumps(row), flush=True)
             rows.append(row)
     rates = {row["devices"]: row["tokens_per_second"] for row in rows if row["case"] == "ddp" and "error" not in row}
-    record = {
-        "date": datetime.date.today().isoformat(),
-        "device": "cpu" if options.smoke else torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "lightning": lightning.__version__,
-        "dtype": "bfloat16",
-        "rule": str(RULE),
-        "rows": rows,
-        "ddp_speed_up": rates[2] / rates[1] if len(rates) == 2 else None,
-    }
-    print(f"DDP, 2 devices against 1: {record['ddp_speed_up']}")
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "two_gpus.json").write_text(json.dumps(record, indent=1) + "\n")
+    speed_up = rates[2] / rates[1] if len(rates) == 2 else None
+    print(f"DDP, 2 devices against 1: {speed_up}")
+    write_record(options.out / "two_gpus.json", rows, rule=RULE, smoke=options.smoke, ddp_speed_up=speed_up)
     return int(any("error" in row for row in rows))
 
 
@@ -82,18 +68,9 @@ def _parse(args: list[str] | None) -> argparse.Namespace:
 def _in_processes(case: str, devices: int, options: argparse.Namespace) -> dict[str, Any]:
     """Run a case in processes that end with it; its row, or what went wrong."""
     row = options.out / f".two_gpus-{case}-{devices}.json"
-    options.out.mkdir(parents=True, exist_ok=True)
-    row.unlink(missing_ok=True)
-    command = [sys.executable, str(Path(__file__).resolve()), "--one", case, "--devices", str(devices)]
-    command += ["--row", str(row), "--tokens", str(options.tokens), "--steps", str(options.steps)]
-    command += ["--no-checkpointing"] * options.no_checkpointing + ["--smoke"] * options.smoke
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-    if done.returncode or not row.exists():
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return {"case": case, "devices": devices, "error": last[:300]}
-    found: dict[str, Any] = json.loads(row.read_text())
-    row.unlink()
-    return found
+    flags = ["--one", case, "--devices", str(devices), "--tokens", str(options.tokens), "--steps", str(options.steps)]
+    flags += ["--no-checkpointing"] * options.no_checkpointing + ["--smoke"] * options.smoke
+    return in_processes(__file__, row, flags, about={"case": case, "devices": devices})
 
 
 def _train(options: argparse.Namespace) -> None:
