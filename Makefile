@@ -77,8 +77,8 @@ schema: setup ## Write configs/schema.json, with which editors complete YAML
 	$(BIN)/lrsa schema > configs/schema.json.new && mv configs/schema.json.new configs/schema.json
 
 results: setup ## Write the tables and plots of README.md, RESULTS.md and docs/study anew; study/data has the studies' data
-	$(BIN)/lrsa study report study/results.jsonl study/objectives.jsonl study/claim.jsonl \
-	  --study $(addprefix configs/experiment/,robustness.yaml objectives.yaml claim.yaml) \
+	$(BIN)/lrsa study report $(addprefix study/,results.jsonl objectives.jsonl claim.jsonl systems.jsonl) \
+	  --study $(addprefix configs/experiment/,robustness.yaml objectives.yaml claim.yaml systems.yaml) \
 	  --data study/data --into README.md RESULTS.md docs/study
 
 ui: setup ## Compare the runs recorded here in the MLflow UI

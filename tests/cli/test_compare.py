@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,10 @@ from experiments.executors import InProcess
 
 from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.cli.main import main
+from lrsa_lit.cli.study import fit_settings
+from lrsa_lit.errors import UserError
 from lrsa_lit.experiments import on_ray
+from lrsa_lit.experiments.comparison import Asked, study_of
 from lrsa_lit.experiments.product_names import products_of
 from lrsa_lit.experiments.results import read_lines
 from lrsa_lit.systems import KeyNorm
@@ -132,10 +136,22 @@ def test_all_leaves_out_a_compressor_that_answers_as_another_does():
     products, left_out = products_of(["all"], LRSAConfig())
     assert "rule-LagRelative" in [product.words for product in products]
     assert [line for line in left_out if line.startswith("rule-")] == [
-        "rule-StraightThrough is left out: compressor: it answers as rule-LagRelative does"
+        "rule-StraightThrough is left out: compressor: it answers as rule-LagRelative does",
+        "rule-TokenGate is left out: compressor: its gates are random without a file of weights; "
+        "`lrsa token-gates` writes one",
     ]
     (product,), _ = products_of(["StraightThrough"], LRSAConfig())
     assert product.words == "rule-StraightThrough"
+
+
+def test_all_leaves_out_a_low_rank_of_a_checkpoint():
+    asked = Asked("tiny", ["qa.yaml"], [0.25], ["all"], checkpoint=Path("trained.ckpt"), lag_size=16)
+    content, left_out = study_of(asked, fit_settings())
+    assert [line for line in left_out if line.startswith("LoRC is left out: --checkpoint")]
+    assert not [name for name in content["rows"] if "LoRC" in name]
+    with pytest.raises(UserError) as error:
+        study_of(replace(asked, systems=["LoRC"]), fit_settings())
+    assert error.value.field == "--checkpoint"
 
 
 def test_filters_low_rank_and_products_are_compared_at_equal_bytes(in_process, capfd):

@@ -90,6 +90,7 @@ class Fabricated(InProcess):
             "dtype": "float32",
             "seconds": 3.0,
             "survival": {name: {"": None} for name in rules},
+            "measured": {name: {"cache": 0.5, "first_token_seconds": 1.0, "token_seconds": 0.1} for name in rules},
             "attentions": {name: {"rule_digest": digest} for name, digest in digests.items()},
             "data_sets": {"": {"set_digest": facts.digest, "questions": facts.questions, "length": facts.length,
                                "contexts": facts.contexts, "kv_share": dict.fromkeys(rules, 0.5)}},

@@ -240,6 +240,7 @@ def test_no_speed_is_recorded_on_a_shared_device(study_file, data, tmp_path):
     training, evaluation = run.results.lines
     assert training["tokens_per_second"] is None
     assert training["machine"]["shared"] == evaluation["machine"]["shared"] == "yes"
+    assert evaluation["measured"] == {"cache": 0.5}
 
 
 def test_settings_of_a_machine_do_not_make_another_row(study_file, data, tmp_path):

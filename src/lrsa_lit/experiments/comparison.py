@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lrsa_lit.data.filters import Budgeted
 from lrsa_lit.errors import UserError, named
-from lrsa_lit.experiments.product import Product, Sized
+from lrsa_lit.experiments.product import Factor, Product, Sized
 from lrsa_lit.experiments.product_names import ALL, QUESTION, RULE, products_of
 from lrsa_lit.experiments.study import DENSE, MIXTURE, FitSettings, Settings
 from lrsa_lit.ops.sparse_attention import LagRelative
@@ -118,7 +118,8 @@ def study_of(asked: Asked, fit_settings: FitSettings) -> tuple[Settings, list[st
     rule = fit_settings.made("model.lrsa", LRSAConfig, given["model"]["lrsa"])
     products, left_out = products_of(asked.systems, rule)
     backbone: Backbone = fit_settings.made("model.backbone", Backbone, given["model"]["backbone"])
-    _check_low_rank(products, asked, backbone)
+    products, refused = _factorable(products, asked, backbone)
+    left_out += refused
     study = _Content(None if asked.checkpoint is None else str(asked.checkpoint))
     for name, data in sets.items():
         made = {key: data[key] for key in ("class_path", "init_args")}
@@ -229,11 +230,28 @@ def _at_budgets(product: Product, asked: Asked, tokens: int, backbone: Backbone)
     return found, left_out
 
 
-def _check_low_rank(products: Sequence[Product], asked: Asked, backbone: Backbone) -> None:
-    """Raise a UserError if a product needs a low rank but the model cannot be factored, or a checkpoint is given."""
-    narrow = next((product.narrow for product in products if product.narrow is not None), None)
-    if narrow is None:
-        return
+def _factorable(products: list[Product], asked: Asked, backbone: Backbone) -> tuple[list[Product], list[str]]:
+    """The products without those whose low rank "all" added to a model that allows none, and a line for each of them.
+
+    Raises:
+        UserError: a product that the user named needs a low rank, but the model cannot be factored, or its weights
+            come from a checkpoint.
+    """
+    kept, left_out = [], []
+    for product in products:
+        try:
+            if product.narrow is not None:
+                _check_low_rank(product.narrow, asked, backbone)
+        except UserError as error:
+            if ALL not in asked.systems or product.text in asked.systems:
+                raise
+            left_out.append(f"{product.words} is left out: {error}")
+            continue
+        kept.append(product)
+    return kept, left_out
+
+
+def _check_low_rank(narrow: Factor[LowRank], asked: Asked, backbone: Backbone) -> None:
     if asked.checkpoint is not None:
         hint = "export it with `lrsa export`, and give the folder as --model"
         raise UserError("--checkpoint", asked.checkpoint, reason=f"is not allowed with {narrow.label}", hint=hint)

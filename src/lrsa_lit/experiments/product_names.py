@@ -15,6 +15,7 @@ from lrsa_lit.data.filters import Budgeted, ContextFilter
 from lrsa_lit.errors import UserError
 from lrsa_lit.experiments.product import Factor, Product
 from lrsa_lit.models.low_rank import LowRank
+from lrsa_lit.ops.sparse_attention import Compressor, TokenGate
 
 if TYPE_CHECKING:
     from lrsa_lit.attention import LRSAConfig
@@ -49,10 +50,7 @@ def products_of(names: Sequence[str], rule: LRSAConfig) -> tuple[list[Product], 
         try:
             product = known.product(text)
             if everything and product.attention is not None:
-                compressor = product.attention.part.compressor
-                if compressor.plain is not compressor:
-                    reason = f"it answers as rule-{type(compressor.plain).__name__} does"
-                    raise UserError("compressor", reason=reason)
+                _check_distinct(product.attention.part.compressor)
         except UserError as error:
             if not everything:
                 raise
@@ -70,6 +68,15 @@ def products_of(names: Sequence[str], rule: LRSAConfig) -> tuple[list[Product], 
             raise UserError("--systems", shown, known.allowed, reason="appears twice")
         seen.add(product.words)
     return products, left_out
+
+
+def _check_distinct(compressor: Compressor) -> None:
+    """Raise a UserError if the compressor, with its defaults, answers as another one does."""
+    if compressor.plain is not compressor:
+        raise UserError("compressor", reason=f"it answers as rule-{type(compressor.plain).__name__} does")
+    if isinstance(compressor, TokenGate) and compressor.weights is None:
+        reason, hint = "its gates are random without a file of weights", "`lrsa token-gates` writes one"
+        raise UserError("compressor", reason=reason, hint=hint)
 
 
 @dataclass(frozen=True)

@@ -157,6 +157,9 @@ class Runner:
                     raise UserError("--data", reason=reason, hint="run `lrsa study data` again")
                 f1 = f"F1 {statistics.fmean(line['f1']):.3f}, " if line["generated"] else ""
                 told = f"{name}, {line['attention']}: {f1}loss {sum(line['loss']) / sum(line['tokens']):.3f}"
+                if self.shared and line["measured"]:
+                    measured = line["measured"].items()
+                    line["measured"] = {key: value for key, value in measured if not key.endswith("seconds")}
             else:
                 line["tokens_per_second"] = speed = None if self.shared else line["tokens_per_second"]
                 told = f"trained, loss {line['loss_of_last_20_steps']:.3f}"

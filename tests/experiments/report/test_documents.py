@@ -365,3 +365,23 @@ def test_perplexity_of_texts_is_by_tokens(tmp_path):
     line |= {"f1": [], "em": [], "recall": [], "loss": [1.0, 5.0], "tokens": [1, 2]}
     (row,) = Blocks(study, [line]).texts["perplexity"]().splitlines()[2:]
     assert row == "| text | dense | 4x | 1 | 25% | 50% | 7.39 [2.72, 12.18] |"
+
+
+def test_a_comparison_at_budgets_has_a_table_and_a_plot(study_file):
+    half = "Kept-at-50-of-100"
+    changes = {"inference": STUDY["inference"] | {half: {"top_k": 2}}}
+    parts = {"plain": {"rows": ["dense"], "inference": ["dense", half], "sets": ["plain"]}}
+    study = open_study(str(tiny_study.write(study_file, **changes, parts=parts, bars={})))
+    lines = evaluations(study, ("dense", "dense", 0.8), ("dense", half, 0.6))
+    for line, held in zip(lines, (1.0, 0.5), strict=True):
+        line["measured"] = {"cache": held}
+    blocks = Blocks(study, lines)
+    head, _, dense, kept = blocks.texts["plain/plain/budgets"]().splitlines()[-4:]
+    assert head.startswith("| system | budget |")
+    assert dense.startswith("| dense |")
+    assert kept.startswith("| Kept | 50% |")
+    _, draw = blocks.plots["plain/plain/budgets/plot"]
+    assert draw() is not None
+    assert Blocks(study, []).texts["plain/plain/budgets"]() == Blocks(study, []).texts["budgets-legend"]() == ""
+    _, draw = Blocks(study, []).plots["plain/plain/budgets/plot"]
+    assert draw() is None

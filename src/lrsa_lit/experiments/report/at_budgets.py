@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from matplotlib.figure import Figure
+
 from lrsa_lit import plugins
 from lrsa_lit.experiments.comparison import place_of
 from lrsa_lit.experiments.product_names import CONTROLS
@@ -50,13 +52,20 @@ class Section(NamedTuple):
         title: heading of the section.
         at_budgets: dense attention, and everything with a budget or a filter.
         holding: systems that keep the whole cache.
-        figure: file, beside the report, with the plot of quality against cache bytes.
+        figure: plot of quality against cache bytes.
     """
 
     title: str
     at_budgets: Grid
     holding: Grid
-    figure: Path
+    figure: Figure
+
+    def markdown(self) -> str:
+        """Both tables, the second with a sentence that introduces it."""
+        tables = [self.at_budgets.markdown()]
+        if holding := self.holding.markdown():
+            tables += ["These systems hold the whole cache, and read or attend to less of it:", holding]
+        return "\n\n".join(tables)
 
 
 def write(study: Study, lines: Sequence[Line], folder: Path) -> list[Section]:
@@ -74,16 +83,16 @@ def write(study: Study, lines: Sequence[Line], folder: Path) -> list[Section]:
     for data_set, found in tables.items():
         if not any(table.cells for table in found):
             continue
-        section = _section(study, data_set, found, folder)
-        sections.append(section)
-        texts += ["", f"## {section.title}", "", section.at_budgets.markdown(), "", f"![]({section.figure.name})"]
-        if holding := section.holding.markdown():
-            texts += ["", "These systems hold the whole cache, and read or attend to less of it:", "", holding]
+        sections.append(section := section_of(data_set, found))
+        section.figure.savefig(folder / f"{data_set}.png", dpi=120)
+        texts += ["", f"## {section.title}", "", f"![]({data_set}.png)", "", section.markdown()]
     write_atomically(folder / "README.md", lambda file: file.write(("\n".join(texts) + "\n").encode()))
     return sections
 
 
-def _section(study: Study, data_set: str, tables: Sequence[Table], folder: Path) -> Section:
+def section_of(data_set: str, tables: Sequence[Table]) -> Section:
+    """The results of a data set; ``tables`` are those of the parts that ask its questions, with or without a filter."""
+    study = tables[0].study
     shown: list[_Shown] = []
     others: list[_Shown] = []
     for table in tables:
@@ -100,11 +109,9 @@ def _section(study: Study, data_set: str, tables: Sequence[Table], folder: Path)
     figure = result_plots.against_cache(
         [(each.name, _taken(each.cell, "cache") or 0.0, each.cell.estimate(measure)) for each in shown],
         LABELS[measure], title)  # fmt: skip
-    path = folder / f"{data_set}.png"
-    figure.savefig(path, dpi=120)
     reuse = len(tables) > 1
     at_budgets, holding = _grid(measure, shown, dense, reuse), _grid(measure, others, dense, reuse, "read")
-    return Section(title, at_budgets, holding, path)
+    return Section(title, at_budgets, holding, figure)
 
 
 def _grid(measure: str, rows: Sequence[_Shown], dense: Cell | None, reuse: bool, *more: str) -> Grid:

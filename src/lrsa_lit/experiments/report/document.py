@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lrsa_lit.errors import UserError
-from lrsa_lit.experiments.report import evidence, result_plots, tables
+from lrsa_lit.experiments.report import at_budgets, evidence, result_plots, tables
 from lrsa_lit.experiments.report.bars import Bars, claim_of, table_of
 from lrsa_lit.experiments.report.cells import Cells, Table
 from lrsa_lit.experiments.report.named_plots import named_plot
@@ -31,8 +31,9 @@ from lrsa_lit.io import write_atomically
 
 _MARK = re.compile(rb"^<!-- (?:study:(\S+)|/study) -->[^\S\n]*(?:\n|\Z)", re.MULTILINE)
 
-_FORMS = "PART, PART/SET, PART/SET/plot, PART/SET/places"
-"""Blocks of a part: its matrices; and for one data set the full table, the plot, and scores by answer position."""
+_FORMS = "PART, PART/SET, PART/SET/plot, PART/SET/places, PART/SET/budgets, PART/SET/budgets/plot"
+"""Blocks of a part: its matrices; and for one data set the full table, the plot, scores by answer position, and tables
+and plot of a comparison at budgets."""
 
 _TITLES = {"perplexity": "Perplexity", "survival": "Supporting tokens kept", "training": "Training",
            "machines": "Machines"}  # fmt: skip
@@ -61,6 +62,7 @@ class Blocks:
             "survival": lambda: evidence.survival(cells).markdown(),
             "training": lambda: tables.training(cells.lines).markdown(),
             "machines": lambda: tables.machines(lines).markdown(),
+            "budgets-legend": lambda: at_budgets.LEGEND if cells.lines else "",
         }
         self.plots: dict[str, tuple[str, Callable[[], Figure | None]]] = {
             "perplexity/plot": ("perplexity against the share of pairs kept",
@@ -74,7 +76,9 @@ class Blocks:
         self.tables = {f"{part}/{name}": Table(cells, part, name) for part in study.parts
                        for name in study.parts[part]["sets"]}  # fmt: skip
         for name, table in self.tables.items():
-            self.texts |= {name: partial(_full, table), f"{name}/places": partial(_places, table, data)}
+            self.texts |= {name: partial(_full, table), f"{name}/places": partial(_places, table, data),
+                           f"{name}/budgets": partial(_at_budgets, table)}  # fmt: skip
+            self.plots[f"{name}/budgets/plot"] = f"{name}: quality against cache bytes", partial(_against_cache, table)
             self.plots[f"{name}/plot"] = f"{name}: {self._about(table)}", partial(self._plot, table)
         self.texts = {part: partial(self._matrices, part) for part in study.parts} | self.texts
 
@@ -268,6 +272,14 @@ def _write(contents: dict[Path, bytes]) -> None:
 
 def _full(table: Table) -> str:
     return _counted(table) + tables.full(table).markdown() if table.cells else ""
+
+
+def _at_budgets(table: Table) -> str:
+    return _counted(table) + at_budgets.section_of(table.data_set, [table]).markdown() if table.cells else ""
+
+
+def _against_cache(table: Table) -> Figure | None:
+    return at_budgets.section_of(table.data_set, [table]).figure if table.cells else None
 
 
 def _places(table: Table, data: Path | None) -> str:
