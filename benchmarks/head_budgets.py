@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention import GRAPHED, RESULTS, _inputs, _median, _time
+from records import RESULTS
+from timing import GRAPHED, inputs, median, times
 
 from lrsa_lit.attention.decoding.decoder import _FilledLengths, _GroupedMemory, _LayerMemory, _Places
 from lrsa_lit.ops.sparse_attention import GroupedStream, HeadRules, KeyValueStream, Recency, Rule, sparse_attention
@@ -50,7 +51,7 @@ def budgets(heads: int, lag: int, kept: int) -> dict[str, tuple[int, ...]]:
 
 def gate(rules: Sequence[HeadRules], shape: Sequence[int]) -> bool:
     """Outputs and gradients at 2,049 tokens, by recency: scores may keep other tokens in other dtypes."""
-    *tensors, gradient = _inputs(*shape, 2049)
+    *tensors, gradient = inputs(*shape, 2049)
     for each in rules:
         rule, results = HeadRules(each.common.replace(compressor=Recency()), each.top_k), []
         for impl, dtype in (("eager", torch.float64), ("eager", torch.bfloat16), ("triton", torch.bfloat16)):
@@ -66,7 +67,7 @@ def gate(rules: Sequence[HeadRules], shape: Sequence[int]) -> bool:
 @torch.no_grad()
 def decoding(rule: Rules, shape: Sequence[int], tokens: int) -> Callable[[], object]:
     """One step behind so many tokens, in a decoder's memory of a layer; it may be captured and run again and again."""
-    query, key, value, _ = _inputs(*shape, tokens)
+    query, key, value, _ = inputs(*shape, tokens)
     stream = GroupedStream.of(rule, "triton") if isinstance(rule, HeadRules) else KeyValueStream(rule, "triton")
     stream.attend(query, key, value, 0.1)
     memories = []
@@ -83,11 +84,11 @@ def decoding(rule: Rules, shape: Sequence[int], tokens: int) -> Callable[[], obj
 
 def measured(rule: Rules, shape: Sequence[int], tokens: int, repeats: int) -> dict[str, float]:
     """Milliseconds."""
-    tensors = _inputs(*shape, tokens)
+    tensors = inputs(*shape, tokens)
     attend = functools.partial(sparse_attention, rule=rule, impl="triton")
-    times = _time(tensors, attend, repeats=repeats, graphed=tokens <= GRAPHED)
-    decode = _median(decoding(rule, shape, tokens), repeats, graphed=True)
-    return {"forward": times["forward"], "both": times["both"], "decode": decode, "peak_mib": times["peak_mib"]}
+    found = times(tensors, attend, repeats=repeats, graphed=tokens <= GRAPHED)
+    decode = median(decoding(rule, shape, tokens), repeats, graphed=True)
+    return {"forward": found["forward"], "both": found["both"], "decode": decode, "peak_mib": found["peak_mib"]}
 
 
 def main() -> int:
@@ -114,9 +115,9 @@ def main() -> int:
         record["rows"].append({"tokens": tokens, "budgets": "equal", **base})
         print(f"{tokens} equal: " + ", ".join(f"{name} {value:.3f}" for name, value in base.items()), flush=True)
         for name, rule in ragged.items():
-            times = measured(rule, shape, tokens, options.repeats)
-            ratios = {f"{kind}_ratio": times[kind] / base[kind] for kind in ("forward", "both", "decode")}
-            record["rows"].append({"tokens": tokens, "budgets": name, **times, **ratios})
+            found = measured(rule, shape, tokens, options.repeats)
+            ratios = {f"{kind}_ratio": found[kind] / base[kind] for kind in ("forward", "both", "decode")}
+            record["rows"].append({"tokens": tokens, "budgets": name, **found, **ratios})
             print(
                 f"{tokens} {name}: " + ", ".join(f"{kind} {ratio:.3f}x" for kind, ratio in ratios.items()), flush=True
             )

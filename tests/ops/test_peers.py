@@ -1,0 +1,56 @@
+"""The other attentions of benchmarks/attention_peers.py state the pairs that they claim."""
+
+import attention_peers
+import pytest
+import torch
+from attention_cells import Cell
+from timing import inputs
+
+from lrsa_lit.ops.sparse_attention import select, sparse_attention
+
+
+@pytest.mark.parametrize(
+    "cell", ["4/2/16:32/8:203", "3/1/24:16/4:111", "2/2/16:32/8:40", "4/1/16:16/0:130", "4/2/8:16/16:97"]
+)
+def test_flex_attention_over_the_compact_buffer_is_the_rule(cell):
+    cell = Cell.of(cell)
+    tensors = [part.double() for part in cell.inputs("cpu")]
+    attend = attention_peers.flex(cell, tensors, compiled=False)
+    query, key, value, _ = tensors
+    truth = sparse_attention(query, key, value, cell.rule, selection=select(key, value, cell.rule), impl="eager")
+    torch.testing.assert_close(attend(query, key, value), truth, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("tokens", [1, 300, 1024, 1500])
+def test_nsa_attends_to_as_many_pairs_as_the_rule_up_to_half_a_block(tokens):
+    cell = Cell(32, 2, 128, 128, 32, tokens)
+    blocks, counts = (part[0, :, 0] for part in attention_peers.nsa_blocks(cell, torch.device("cpu")))
+    visible = attention_peers._nsa_visible(cell, torch.device("cpu"))
+    for t in (0, tokens // 2, tokens - 1):
+        listed = blocks[t, : counts[t]].tolist()
+        assert len(set(listed)) == len(listed)
+        assert t // 64 in listed
+        assert max(listed) == t // 64
+        assert min(listed) >= 0
+        assert visible[t].nonzero()[:, 0].tolist() == [j for j in range(t + 1) if j // 64 in listed]
+    pairs = visible.sum() / (tokens * (tokens + 1) // 2)
+    assert attention_peers._nsa_share(cell) == pytest.approx(float(pairs))
+    ours = cell.pair_share * (tokens + 1) / 2
+    assert abs(float(visible.sum()) / tokens - ours) <= 32
+
+
+def test_peers_that_are_missing_are_skipped_with_a_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(attention_peers, "gate", lambda _: True)
+    monkeypatch.setattr(attention_peers, "lrsa", lambda *_: {"forward": 1.0, "both": 2.0})
+    options = ["--device", "cpu", "--cells", "4/2/16:32/8:70", "--repeats", "1", "--out", str(tmp_path)]
+    assert attention_peers.main([*options, "--peers", "flash", "fa4", "nsa"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("skipped: needs" in line for line in lines) == 3
+    assert attention_peers.main(options) == 0
+    assert not capsys.readouterr().out, "the cell is in the file already"
+
+
+def test_inputs_are_views_as_a_model_passes_them():
+    query, key, *_ = inputs(4, 2, 8, 5, device="cpu")
+    assert query.shape == (1, 4, 5, 8)
+    assert key.transpose(1, 2).is_contiguous()
