@@ -43,6 +43,13 @@ def test_brackets_are_no_markup(path):
     assert console.file.getvalue().count(path) == 5
 
 
+def test_a_table_in_a_file_is_as_wide_as_its_text(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    console = PlainConsole(file=io.StringIO())
+    console.print(Table("x" * 150))
+    assert "x" * 150 in console.file.getvalue()
+
+
 def test_tables_and_lines_show_no_controls():
     console = PlainConsole(file=io.StringIO(), width=200, force_terminal=False)
     console.say(EVIL)
@@ -65,6 +72,24 @@ def test_a_message_is_one_line_without_passwords(monkeypatch):
     first, *others = console.file.getvalue().splitlines()
     assert f"[red]{ESCAPED} at http://host" in first
     assert [line.split()[-1] for line in others] == ["two", "lines"]
+
+
+@pytest.mark.parametrize("width", [20, 80])
+def test_only_a_terminal_wraps_messages(width, monkeypatch):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    long = " ".join(map(str, range(100)))
+    console = PlainConsole(file=io.StringIO(), width=width, force_terminal=False)
+    log_to(console)
+    for name in ("lrsa_lit.x", "another"):
+        logging.getLogger(name).warning(long)
+    assert console.file.getvalue() == f"WARNING  {long}\n" * 2
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    terminal = PlainConsole(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    log_to(terminal)
+    logging.getLogger("lrsa_lit.x").warning(long)
+    shown = terminal.file.getvalue().splitlines()
+    assert len(shown) > 1
+    assert max(map(len, shown)) <= width
 
 
 def test_an_error_is_one_line(monkeypatch, capsys):

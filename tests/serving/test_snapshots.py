@@ -47,6 +47,15 @@ def test_the_same_prompt_goes_on_from_its_last_chunk(plain):
     assert found["a", 0].cached == ends(100)[-1]
 
 
+def test_a_prompt_is_digested_once_though_its_cache_is_restored(plain, monkeypatch):
+    digested, keys = [], Snapshots._keys
+    monkeypatch.setattr(Snapshots, "_keys", lambda store, ids: (digested.append(len(ids)), keys(store, ids))[1])
+    engine = Engine(enable(plain, RULE), frozenset(), ROOMY)
+    for _ in range(2):
+        run(engine, [Job("a", prompt(100), 1)])
+    assert digested == [100, 100]
+
+
 def test_choices_and_rows_that_go_on_leave_snapshots_as_they_are(plain):
     engine = Engine(enable(plain, RULE), frozenset(), ROOMY)
     jobs = [Job(str(number), prompt(100), 40, temperature=1.0, seed=3, choices=2) for number in range(3)]
@@ -59,8 +68,8 @@ def test_snapshots_of_a_text_share_its_compact_pairs(plain):
     model = enable(plain, RULE)
     store, ids = Snapshots(RULE.rule, 1 << 30, every=RULE.lag_size), prompt(200)
     cache, before, at = LRSACache.of(model), None, 0
-    known, planned = store.plan(ids)
-    assert (known, list(planned)) == (0, ends(200))
+    known, key, planned = store.plan(ids)
+    assert (known, key, list(planned)) == (0, None, ends(200))
     for end, key in planned.items():
         prefill(model, torch.tensor([ids[at:end]]), cache)
         store.take(key, cache, before)
@@ -70,7 +79,7 @@ def test_snapshots_of_a_text_share_its_compact_pairs(plain):
     compact = RULE.sink_size + RULE.top_k * (len(planned) - 1)
     assert store.nbytes == (sum(windows) + compact) * pair
     restored = LRSACache.of(model)
-    store.restore(ids, ends(200)[-1], restored)
+    store.restore(store.plan(ids).key, restored)
     assert prefill(model, torch.tensor([ids[at:]]), restored).equal(prefill(model, torch.tensor([ids[at:]]), cache))
 
 

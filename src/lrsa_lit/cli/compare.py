@@ -129,5 +129,4 @@ def _show(grid: Grid, title: str) -> None:
     shown = [["" if value is None else column.show(value) for value in column.values] for column in grid.columns]
     for row in zip(*shown, strict=True):
         table.add_row(*row)
-    console = PlainConsole()
-    (console if console.is_terminal else PlainConsole(width=200)).print(table)
+    PlainConsole().print(table)

@@ -83,8 +83,7 @@ def show(outcomes: Sequence[Outcome], count: int) -> None:
     for row in rows:
         table.add_row(*row)
     console = PlainConsole()
-    # Output to a file is not limited to a terminal's width.
-    (console if console.is_terminal else PlainConsole(width=200)).print(table)
+    console.print(table)
     logger = logger_of(outcomes[0].point.config["trainer"])
     store = ["--store", str(logger.get("tracking_uri"))]
     console.say(f"Compare its runs: {redacted(shlex.join(['lrsa', 'ui', *store]))}")

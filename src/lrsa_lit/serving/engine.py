@@ -188,11 +188,10 @@ class Engine:
                 return
             job = self._waiting.popleft()
             self._admitted[job.uid], self._live[job.uid] = job, job.choices
-            cache, (cached, planned) = LRSACache.of(self.model), self.snapshots.plan(job.ids)
-            before = None
-            if cached:
-                before = self.snapshots.restore(job.ids, cached, cache)
-            self._prompts.append(_Prompt(job, cache, cached, planned, cached, before))
+            cache, plan = LRSACache.of(self.model), self.snapshots.plan(job.ids)
+            if plan.key is not None:
+                self.snapshots.restore(plan.key, cache)
+            self._prompts.append(_Prompt(job, cache, plan.length, plan.wanted, plan.length, plan.key))
 
     def _read(self) -> Iterator[Event]:
         """Read a piece of the next prompt. Prompts take turns."""

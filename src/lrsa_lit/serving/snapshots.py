@@ -10,6 +10,7 @@ import collections
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,21 @@ _MOST_SEEN = 100_000
 """The most chunk ends of earlier prompts to remember, 32 bytes each."""
 Place = tuple[int, int, str]
 """A layer, a part of it, and the kind of tensors."""
+
+
+class Plan(NamedTuple):
+    """How much of a prompt a snapshot covers, and where to take snapshots of the rest.
+
+    Attributes:
+        length: the number of tokens of the longest snapshot with which the prompt begins; 0 if there is none.
+        key: the key of this snapshot, the parent of the next one; None if there is none.
+        wanted: lengths at which to call :meth:`Snapshots.take`, each with its key: the last chunk end that an earlier
+            prompt shares, the last chunk end of this prompt, and some others at regular distances.
+    """
+
+    length: int
+    key: bytes | None
+    wanted: dict[int, bytes]
 
 
 @dataclass(eq=False)
@@ -72,19 +88,10 @@ class Snapshots:
         """The number of snapshots."""
         return len(self._kept)
 
-    def plan(self, ids: Sequence[int]) -> tuple[int, dict[int, bytes]]:
-        """How much of a prompt a snapshot covers, and where to take snapshots of the rest.
-
-        Args:
-            ids: the tokens of the prompt.
-
-        Returns:
-            The length of the longest snapshot with which the prompt begins, 0 if there is none. And the lengths at
-            which to call :meth:`take`, each with its key: the last chunk end that an earlier prompt shares, the last
-            chunk end of this prompt, and some others at regular distances.
-        """
+    def plan(self, ids: Sequence[int]) -> Plan:
+        """Look up a prompt by the digests of its tokens, and note it for later prompts."""
         if not self.capacity:
-            return 0, {}
+            return Plan(0, None, {})
         keys = dict(self._keys(ids))
         ends = list(keys)
         known = max((end for end in ends if keys[end] in self._kept), default=0)
@@ -95,17 +102,13 @@ class Snapshots:
         while len(self._seen) > _MOST_SEEN:
             self._seen.popitem(last=False)
         wanted = {departs, *ends[-1:], *ends[:: self._stride]}
-        return known, {end: keys[end] for end in ends if end in wanted and end > known}
+        return Plan(known, keys.get(known), {end: keys[end] for end in ends if end in wanted and end > known})
 
-    def restore(self, ids: Sequence[int], length: int, cache: LRSACache) -> bytes:
-        """Fill an empty cache with the first ``length`` tokens of a prompt; :meth:`plan` returned this length.
-
-        Returns:
-            The snapshot's key, the parent of the next one.
-        """
-        key = dict(self._keys(ids))[length]
+    def restore(self, key: bytes, cache: LRSACache) -> None:
+        """Fill an empty cache from the snapshot that :meth:`plan` found; no other may be taken in between."""
         snapshot: _Snapshot | None = self._kept[key]
         assert snapshot is not None
+        length = snapshot.length
         chain: list[_Snapshot] = []
         recent, token_bytes = snapshot.recent, snapshot.token_bytes
         while snapshot is not None:
@@ -119,13 +122,12 @@ class Snapshots:
             rows = [each.settled[place] for each in reversed(chain) if place in each.settled]
             parts[place] = tuple(torch.cat(tensors, dim=2) for tensors in zip(*rows, window, strict=True))
         cache.restore([_past(layer, length, bytes_, parts) for layer, bytes_ in enumerate(token_bytes)])
-        return key
 
     def take(self, key: bytes, cache: LRSACache, parent: bytes | None) -> None:
         """Take a snapshot of a cache with one row.
 
         Args:
-            key: the key from :meth:`plan`.
+            key: the key, from :attr:`Plan.wanted`.
             cache: the cache, which must be at the end of a chunk.
             parent: the key of the previous snapshot of the same prompt, if there is one.
         """

@@ -122,7 +122,8 @@ def test_json_has_one_object_a_question_and_nothing_else_on_stdout(ask):
     shown = ask(*FLAGS, "text.txt", FIRST, "--json", SECOND)
     lines = [json.loads(line) for line in shown.out.splitlines()]
     assert [line["question"] for line in lines] == [FIRST, SECOND]
-    fields = {"question", "answer", "tokens_seen", "tokens_kept", "seconds_to_first_token", "seconds"}
+    seconds = {"seconds_to_first_token", "seconds"}
+    fields = {"question", "answer", "tokens_seen", "tokens_restored", "tokens_kept"} | seconds
     assert all(set(line) == fields for line in lines)
     assert all(0 < line["seconds_to_first_token"] <= line["seconds"] for line in lines)
     assert "tokens/s" in shown.err

@@ -1,9 +1,10 @@
 """``lrsa ask --cache``: a text is read once; a file that is not of this model, rule and text is refused."""
 
 import json
+import re
 
 import pytest
-from ask_helpers import ASK, FIRST, FLAGS, NEW, RULE, SECOND, saved
+from ask_helpers import ASK, FIRST, FLAGS, NEW, RULE, SECOND, counts, saved
 from cli_helpers import refusal
 
 import lrsa_lit.cli.ask.reader
@@ -35,6 +36,18 @@ def test_a_kept_text_is_not_read_again(ask, counted):
     for given in (["text.txt"], []):
         assert answers(ask(*FLAGS, *CACHE, *given, FIRST, SECOND).out.splitlines()) == fresh
     assert counted.count(text) == 2, "the text was read again"
+
+
+def test_the_last_line_tells_restored_tokens_from_tokens_read(ask, counted):
+    kept = ["--cache", "text.lrsa", "text.txt", FIRST, SECOND]
+    fresh = counts(ask(*FLAGS, *kept).out)
+    text = counted[0]
+    counted.clear()
+    shown = ask(*FLAGS, *kept).out
+    restored = re.findall(r"^([\d,]+) tokens restored, ([\d,]+) read, ", shown, flags=re.MULTILINE)
+    pairs = [tuple(int(number.replace(",", "")) for number in line) for line in restored]
+    assert pairs == [(text, seen - text) for seen, _, _ in fresh]
+    assert json.loads(ask(*FLAGS, *CACHE, "text.txt", FIRST).out)["tokens_restored"] == text
 
 
 def mistakes(folder):

@@ -45,8 +45,8 @@ _FLAGS = dict.fromkeys(("model", "source", "tokenizer"), "--model") | FLAGS
 """The options of this command for arguments of its parts."""
 
 EPILOG = """\
-The answer is printed while it is generated, then the numbers of tokens that were read and that the cache kept. If stdin
-is a terminal, you can type further questions; an empty line or Ctrl-D ends.
+The answer is printed while it is generated, then the numbers of tokens that were restored from --cache, that were read,
+and that the cache kept. If stdin is a terminal, you can type further questions; an empty line or Ctrl-D ends.
 
 examples:
   lrsa ask docs/extending.md "What is a compressor?"

@@ -32,7 +32,8 @@ class Answer:
     Attributes:
         question: as asked.
         answer: without surrounding white space.
-        tokens_seen: tokens fed so far: the text, all questions and all answers, except the last generated token.
+        tokens_seen: tokens so far: the text, all questions and all answers, except the last generated token.
+        tokens_restored: those of them that came from a saved cache; the model read only the others.
         tokens_kept: tokens that are stored per head, averaged over the layers.
         seconds_to_first_token: since the question was asked; for the first question, reading the text is included.
         seconds: the same up to the last token.
@@ -41,19 +42,21 @@ class Answer:
     question: str
     answer: str
     tokens_seen: int
+    tokens_restored: int
     tokens_kept: int
     seconds_to_first_token: float
     seconds: float
 
     def summary(self) -> str:
-        """Tokens read and kept, in one line."""
-        share = 100 * self.tokens_kept / self.tokens_seen
-        return f"{self.tokens_seen:,} tokens read, {self.tokens_kept:,} kept per head ({share:.0f} %)"
+        """Tokens restored, read and kept, in one line."""
+        share, read = 100 * self.tokens_kept / self.tokens_seen, self.tokens_seen - self.tokens_restored
+        counted = f"{self.tokens_restored:,} tokens restored, {read:,}" if self.tokens_restored else f"{read:,} tokens"
+        return f"{counted} read, {self.tokens_kept:,} kept per head ({share:.0f} %)"
 
 
 @dataclass
 class Reader:
-    """Reads a dialogue's text into an empty cache and answers questions from it.
+    """Reads a dialogue's text into an empty cache and answers questions from it, or from a cache that holds the text.
 
     The model is in evaluation mode, with LRSA enabled if the cache is a compressed one.
     """
@@ -66,9 +69,10 @@ class Reader:
     _reading: float = 0.0
 
     def __post_init__(self) -> None:
-        """Prepare the decoding steps."""
+        """Prepare the decoding steps, and count the tokens of a restored cache."""
         from lrsa_lit.attention import single_token_steps
 
+        self._restored = int(self.cache.get_seq_length())
         self._step = single_token_steps(self.model, self.cache, room=min(self.max_new_tokens, _ROOM))
 
     def read(self, console: Console) -> None:
@@ -114,6 +118,7 @@ class Reader:
             question=question,
             answer=str(self.tokenizer.decode(new, skip_special_tokens=True)).strip(),
             tokens_seen=self.cache.get_seq_length(),
+            tokens_restored=self._restored,
             tokens_kept=kept_tokens(self.cache),
             seconds_to_first_token=round(first - started, 3),
             seconds=round(ended - started, 3),
