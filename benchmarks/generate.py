@@ -2,11 +2,11 @@
 
 Run ``python benchmarks/generate.py`` on a CUDA device.
 A model of Llama-3.2-1B's shape with random weights, bf16, batch 1. Beside LRSA (L=128, K=16) the same model with sdpa
-and a DynamicCache, with a StaticCache and torch.compile for single tokens, and, where they are installed, transformers'
-QuantizedCache and kvpress' LagKVPress (dense prefill, compressed afterwards). Checks first that chunked reading and
-single-token steps give the logits of the parallel pass. Writes ``results/generate.json`` and ``generate.png``.
+and a DynamicCache, and, where they are installed, transformers' QuantizedCache and kvpress' LagKVPress (dense prefill,
+compressed afterwards). Checks first that chunked reading and single-token steps give the logits of the parallel pass.
+Writes ``results/generate.json`` and ``generate.png``. The time of a token is ``decoding.py``'s.
 
-Parts: ``prefill`` (time to the first token and memory of the cache), ``decode`` (time per token), ``million``
+Parts: ``prefill`` (time to the first token and memory of the cache), ``million``
 (1,048,576 tokens read chunk by chunk, the dense model up to ``--dense-tokens`` and extrapolated), ``answers`` (batches
 of prompts of unequal lengths, read and answered by ``model.generate`` as an evaluation does). Parts add to the same
 files.
@@ -28,15 +28,15 @@ from typing import Any
 import torch
 import transformers
 import triton
+from random_model import per_token, random_model, random_tokens
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import DynamicCache
 
 from lrsa_lit.attention import LRSACache, LRSAConfig, graphed_decoding, prefill, using
 from lrsa_lit.attention.decoding import Decoder
 
 RESULTS = Path(__file__).parent / "results"
 RULE = LRSAConfig(sink_size=16, lag_size=128, top_k=16)
-NEW_TOKENS = 64
 PROMPT, ANSWER = 4096, 24
 """Tokens of the longest prompt of a batch that is answered, and of each answer."""
 Cell = dict[str, Any]
@@ -44,7 +44,7 @@ Cell = dict[str, Any]
 
 def main(args: list[str] | None = None) -> int:
     options = _parse(args)
-    model = _model(options.layers)
+    model = random_model(options.layers)
     if not _gate(model):
         print("correctness gate: RED")
         return 1
@@ -57,7 +57,7 @@ def main(args: list[str] | None = None) -> int:
     record.update(
         about | versions, model=f"Llama-3.2-1B shape, {options.layers} layers, random weights", rule=str(RULE)
     )
-    parts = {"prefill": _prefill_rows, "decode": _decode_rows, "million": _million_rows, "answers": _answer_rows}
+    parts = {"prefill": _prefill_rows, "million": _million_rows, "answers": _answer_rows}
     for part in options.parts:
         for row in parts[part](model, options):
             print(json.dumps({"part": part, **row}), flush=True)
@@ -71,7 +71,7 @@ def main(args: list[str] | None = None) -> int:
 
 def _parse(args: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["prefill", "decode", "million", "answers"])
+    parser.add_argument("--parts", nargs="+", default=["prefill", "million", "answers"])
     parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 131072])
     parser.add_argument("--million", type=int, default=1 << 20, help="tokens of the last part")
     parser.add_argument("--dense-tokens", type=int, default=1 << 18, help="tokens that the dense model reads there")
@@ -82,36 +82,10 @@ def _parse(args: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(args)
 
 
-def _model(layers: int) -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        max_position_embeddings=1 << 21,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        tie_word_embeddings=True,
-    )
-    with torch.device("cuda"):
-        model = LlamaForCausalLM(config)
-    # Casting the module would cast the rotary frequencies too.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
-    return model.eval()
-
-
-def _tokens(count: int) -> Tensor:
-    return torch.randint(0, 128256, (1, count), generator=torch.Generator().manual_seed(1)).cuda()
-
-
 @torch.no_grad()
 def _gate(model: Any) -> bool:
     """Next tokens of the parallel pass, of reading in chunks and of graphed steps agree as dense ones do."""
-    ids, shares = _tokens(3000), []
+    ids, shares = random_tokens(model, 3000), []
     for rule in (None, RULE):
         with using(model, rule):
             whole = model(ids, use_cache=False).logits[0]
@@ -134,7 +108,7 @@ def _agreement(first: Tensor, second: Tensor) -> float:
 
 def _prefill_rows(model: Any, options: argparse.Namespace) -> Iterator[Cell]:
     for length in options.tokens:
-        ids = _tokens(length)
+        ids = random_tokens(model, length)
         with using(model, RULE):
             yield {"who": "lrsa", "tokens": length, **_read(model, ids, lambda: LRSACache.of(model), options.repeats)}
         yield {"who": "dense", "tokens": length, **_read(model, ids, DynamicCache, options.repeats)}
@@ -189,72 +163,15 @@ def _tried(run: Callable[[], Cell]) -> Cell:
 
 
 @torch.no_grad()
-def _decode_rows(model: Any, options: argparse.Namespace) -> Iterator[Cell]:
-    for length in options.tokens:
-        ids = _tokens(length)
-        with using(model, RULE):
-            for fuse in (False, True):
-                cache = LRSACache.of(model)
-                prefill(model, ids, cache, tokens_per_call=32768)
-                decoder = Decoder(model, cache, fuse=fuse)
-                name = "lrsa, graph" + (" and torch.compile" if fuse else "")
-                yield {"who": name, "tokens": length, "token_ms": _per_token(decoder.step, ids[:, -1:])}
-        yield {
-            "who": "dense, DynamicCache",
-            "tokens": length,
-            "token_ms": _per_token(_dynamic(model, ids), ids[:, -1:]),
-        }
-        yield {"who": "dense, StaticCache and torch.compile", "tokens": length,
-               **_tried(lambda ids=ids: {"token_ms": _per_token(_static(model, ids), ids[:, -1:])})}  # fmt: skip
-
-
-def _dynamic(model: Any, ids: Tensor) -> Callable[[Tensor], Tensor]:
-    cache = DynamicCache()
-    prefill(model, ids, cache, tokens_per_call=ids.shape[1])
-    return lambda token: model(token, past_key_values=cache, logits_to_keep=1).logits
-
-
-def _static(model: Any, ids: Tensor) -> Callable[[Tensor], Tensor]:
-    """The dense model's fastest form: everything static, compiled, replayed as a CUDA graph."""
-    length = ids.shape[1]
-    cache = StaticCache(config=model.config, max_cache_len=length + 4 * NEW_TOKENS)
-    prefill(model, ids, cache, tokens_per_call=length)
-    compiled = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
-    position = torch.full((1, 1), length, device="cuda")
-
-    def step(token: Tensor) -> Tensor:
-        torch.compiler.cudagraph_mark_step_begin()
-        logits = compiled(token, past_key_values=cache, position_ids=position, logits_to_keep=1).logits.clone()
-        position.add_(1)
-        return logits
-
-    return step
-
-
-def _per_token(step: Callable[[Tensor], Tensor], token: Tensor) -> float:
-    """Milliseconds of one greedy token, median over NEW_TOKENS, compilation and capture left out."""
-    token = token.clone()
-    times = []
-    for _ in range(NEW_TOKENS + 8):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        token = step(token)[:, -1].argmax(-1, keepdim=True)
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop))
-    return statistics.median(times[8:])
-
-
-@torch.no_grad()
 def _million_rows(model: Any, options: argparse.Namespace) -> Iterator[Cell]:
     weights = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    ids = _tokens(options.million)
+    ids = random_tokens(model, options.million)
     with using(model, RULE):
         cache, seconds = LRSACache.of(model), []
         seconds = _chunked(model, ids, cache, 32768)
         decoder = Decoder(model, cache)
-        ms = _per_token(decoder.step, ids[:, -1:])
+        ms = per_token(decoder.step, ids[:, -1:])
         yield {"who": "lrsa", "tokens": options.million, "read_s": seconds[-1][1], "token_ms": ms,
                "peak_gib": (torch.cuda.max_memory_allocated() - weights) / 2**30, "curve": seconds}  # fmt: skip
         del cache, decoder
@@ -276,7 +193,7 @@ def _answer_rows(model: Any, options: argparse.Namespace) -> Iterator[Cell]:
     for rows in (1, 8):
         lengths = torch.linspace(PROMPT * 7 // 8, PROMPT, rows).flip(0).long()
         mask = (torch.arange(PROMPT) >= PROMPT - lengths[:, None]).long().cuda()
-        ids = _tokens(PROMPT).repeat(rows, 1)
+        ids = random_tokens(model, PROMPT).repeat(rows, 1)
         with using(model, RULE):
             for who, graphed in (("launched", False), ("graph", True)):
                 seconds = _answered(model, ids, mask, graphed, options.repeats)
@@ -334,11 +251,6 @@ def _summary(rows: list[Cell]) -> None:
         if ours and dense:
             print(f"{length} tokens: first token {dense['first_token_s'] / ours['first_token_s']:.2f}x faster,",
                   f"cache 1/{dense['cache_mib'] / ours['cache_mib']:.2f}")  # fmt: skip
-        decode = {row["who"]: row["token_ms"] for row in rows if row["part"] == "decode" and row["tokens"] == length
-                  and "token_ms" in row}  # fmt: skip
-        if decode:
-            best = {side: min(ms for who, ms in decode.items() if who.startswith(side)) for side in ("lrsa", "dense")}
-            print(f"{length} tokens: a token {best['lrsa']:.2f} ms, dense {best['dense']:.2f} ms")
     for row in rows:
         if row["part"] == "answers":
             print(f"{row['who']}: {row['questions_per_s']:.2f} questions a second")

@@ -54,8 +54,9 @@ class Record:
                     self.about["command"] += f"; {about['command']}"
 
     def has(self, **key: Any) -> bool:
-        """Whether a row with these entries has been measured."""
-        return any(all(row.get(name) == value for name, value in key.items()) for row in self.rows)
+        """Whether a row with these entries has been measured, and not ``skipped``."""
+        rows = (row for row in self.rows if "skipped" not in row)
+        return any(all(row.get(name) == value for name, value in key.items()) for row in rows)
 
     def add(self, row: dict[str, Any]) -> None:
         """Write a row; it replaces one with the same keys."""

@@ -1,9 +1,12 @@
-"""The other attentions of benchmarks/attention_peers.py state the pairs that they claim."""
+"""The other attentions that benchmarks measure attend to the pairs that they claim."""
 
 import attention_peers
+import decoding
 import pytest
 import torch
 from attention_cells import Cell
+from random_model import random_model
+from records import Record
 from timing import inputs
 
 from lrsa_lit.ops.sparse_attention import select, sparse_attention
@@ -54,3 +57,25 @@ def test_inputs_are_views_as_a_model_passes_them():
     query, key, *_ = inputs(4, 2, 8, 5, device="cpu")
     assert query.shape == (1, 4, 5, 8)
     assert key.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("form", ["sdpa-flash-folded", "sdpa-cudnn", "decoder"])
+def test_forms_of_decoding_give_exact_attention_and_the_logits_of_the_model(form):
+    assert decoding.form_error(form, 3, "cpu", rows=83) < 1e-6
+    model = random_model(2, "cpu")
+    assert decoding.static_error(model, form, tokens=45) < 1e-5
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_rows_are_kept_for_the_same_code_and_what_was_skipped_is_tried_again(tmp_path):
+    about = {"device": "cpu", "commit": "abc", "torch": "1", "triton": None, "command": "first"}
+    record = Record(tmp_path / "r.json", about, ("who",))
+    record.add({"who": "a", "ms": 1.0})
+    record.add({"who": "b", "skipped": "absent"})
+    record.add({"who": "a", "ms": 2.0})
+    again = Record(tmp_path / "r.json", {**about, "command": "second"}, ("who",))
+    assert again.rows == [{"who": "b", "skipped": "absent"}, {"who": "a", "ms": 2.0}]
+    assert again.about["command"] == "first; second"
+    assert again.has(who="a")
+    assert not again.has(who="b")
+    assert not Record(tmp_path / "r.json", {**about, "commit": "def"}, ("who",)).rows
