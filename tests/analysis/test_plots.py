@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.text import Text
 
 from lrsa_lit.analysis import metrics, plots
 from lrsa_lit.attention import LRSAConfig
@@ -114,7 +115,7 @@ def test_survival_is_drawn_against_chance(drawn):
         np.testing.assert_array_equal(lines[0].get_ydata(), metrics.survival(records[0], evidence).by_head.mean(axis=1))
         np.testing.assert_array_equal(lines[1].get_ydata(), metrics.survival(records[1], evidence).by_head.mean(axis=1))
         assert [line.get_ydata() for line in lines[2:]] == [[3 / 8, 3 / 8]]
-    assert "38 tokens" in gold.get_title()
+    assert "38 tokens" in gold.get_title("left")
     assert lines[0].get_color() != lines[1].get_color()
 
 
@@ -145,7 +146,7 @@ def test_agreement_and_change(drawn):
     (axes,) = plots.change(first, second).axes
     kappa = metrics.agreement_between(first, second)
     np.testing.assert_array_equal(axes.get_lines()[2].get_ydata(), kappa.mean(axis=1))
-    assert axes.get_title() == "tiny L8 K3, step 0 against tiny L8 K3, step 5"
+    assert [text.get_text() for text in axes.texts] == ["tiny L8 K3, step 0 against step 5; 1: the same, 0: chance"]
 
 
 def test_axes_of_scores_go_from_0_to_1(drawn):
@@ -174,29 +175,47 @@ RULES = pd.DataFrame(
 
 
 def test_f1_has_a_line_for_each_model_and_lag_size():
-    (axes,) = plots.f1_against(RULES, "kept_share", "K/L").axes
+    (axes,) = plots.f1_against(RULES, "kept_share", "kept share (K/L)").axes
     first, second = axes.containers
     assert first.lines[0].get_xydata().tolist() == [[0.25, 0.4], [0.5, 0.6]]
     assert second.lines[0].get_xydata().tolist() == [[0.25, 0.3]]
     bars = [segment[:, 1].tolist() for segment in first.lines[2][0].get_segments()]
     np.testing.assert_allclose(bars, [[0.2, 0.5], [0.5, 0.65]])
-    assert axes.get_xlabel() == "K/L"
-    assert [text.get_text() for text in axes.texts] == ["K8", "K16", "K8"]
+    assert axes.get_xlabel() == "kept share (K/L)"
+    assert axes.get_title("left") == "F1 against kept share"
+    assert [text.get_text() for text in axes.texts[:3]] == ["K8", "K16", "K8"]
 
 
 def test_what_no_run_recorded_is_said_and_not_drawn():
-    (axes,) = plots.f1_against(RULES, "peak_memory_gib", "peak memory, GiB").axes
+    (axes,) = plots.f1_against(RULES, "peak_memory_gib", "peak memory (GiB)").axes
     assert not axes.containers
-    assert [text.get_text() for text in axes.texts] == ["no run recorded peak_memory_gib"]
+    assert "no run recorded peak_memory_gib" in [text.get_text() for text in axes.texts]
 
 
 def test_differences_are_drawn_about_zero():
     pairs = pd.DataFrame([{"first": "a", "second": "b", "mean": 0.2, "low": -0.1, "high": 0.3}])
     (axes,) = plots.differences(pairs).axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["a less b"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a minus b"]
     (bar,) = axes.containers[0].lines[2][0].get_segments()
     np.testing.assert_allclose(bar[:, 0], [-0.1, 0.3])
     assert any(line.get_xdata() == [0, 0] for line in axes.get_lines() if line.get_linestyle() == ":")
+
+
+def test_every_figure_has_a_title_labelled_axes_and_readable_text(drawn):
+    first, second = drawn(seed=0), drawn(seed=1, step=5)
+    pairs = pd.DataFrame([{"first": "a", "second": "b", "mean": 0.2, "low": -0.1, "high": 0.3}])
+    figures = [plots.positions(first), plots.survival_by_layer([first]), plots.by_place([first]), plots.kinds([first])]
+    figures += [plots.agreement(first), plots.change(first, second), plots.gates([[0.0, 1.0]], "step 5")]
+    figures += [plots.f1_against(RULES, "kept_share", "kept share (K/L)"), plots.differences(pairs)]
+    for figure in figures:
+        # Not the row of marks above the positions, nor a second panel beside the first.
+        drawn_axes = [axes for axes in figure.axes if axes.get_xlabel()]
+        assert figure.get_suptitle() or figure.axes[0].get_title("left")
+        assert drawn_axes
+        assert drawn_axes[0].get_ylabel() or drawn_axes[0].get_yticklabels()
+        figure.draw_without_rendering()
+        shown = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+        assert min(text.get_fontsize() for text in shown) >= 10
 
 
 def test_figures_leave_nothing_in_pyplot(drawn):

@@ -77,7 +77,7 @@ def test_systems_and_rule_are_compared_at_budgets_and_go_on(in_process, monkeypa
     assert report.index("read or attend to less") < report.index("| KeyNorm |  | 0.000")
     assert Path("out/qa.png").stat().st_size
     shown = capfd.readouterr().out
-    assert "first token, ms" in shown
+    assert "first token (ms)" in shown
     (run,) = [run for run in recorded_runs(Path("out/mlflow.db"), "lrsa") if "study.row" in run.data.tags]
     assert run.data.metrics["test/dense/cache"] == 1.0
     assert len(in_process) == 1

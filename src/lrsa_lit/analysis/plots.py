@@ -1,7 +1,8 @@
 """Figures and coloured text for notebooks and MLflow runs.
 
-Shares are shaded from white (0) to dark (1). Lines and boxes use Okabe and Ito's palette, which colour-blind readers
-can distinguish. Figures are made without pyplot, which would keep them all in memory during training.
+Each figure has a title that says what it shows, and often a smaller line that names the run. Shares are shaded from
+white (0) to dark (1). Lines and boxes use Okabe and Ito's palette, which colour-blind readers can distinguish. Figures
+are made without pyplot, which would keep them all in memory during training.
 
 Dimensions: N layers with LRSA, H key-value heads, T tokens.
 """
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
@@ -33,8 +35,20 @@ SCORES = (-0.02, 1.02)
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _WHITE, _DARK = "#ffffff", "#00204c"
 _SHADES = LinearSegmentedColormap.from_list("kept", [_WHITE, _DARK])
-_UNCOMPRESSED = "#e8e8e8"
+_UNCOMPRESSED, _EDGE, _GREY = "#e8e8e8", "#a0a0a0", "#555555"
 _GOLD, _ANSWER = OKABE_ITO[4], OKABE_ITO[1]
+_STYLE = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": _GREY,
+    "axes.grid": True,
+    "axes.labelsize": 11,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "grid.color": "#e4e4e4",
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
+}
+"""What all figures look like."""
 
 
 def context_html(record: SelectionRecord, index: int = 0) -> str:
@@ -56,7 +70,8 @@ def context_html(record: SelectionRecord, index: int = 0) -> str:
             text = "".join(words[t] for t in within)
             inner.append(_boxed(text, _ANSWER, "; font-weight: bold") if answer else text)
         parts.append(_boxed("".join(inner), _GOLD) if passage else "".join(inner))
-    return f'{_LEGEND}<div style="white-space: pre-wrap; line-height: 1.9">{"".join(parts)}</div>'
+    # Its own background, because a notebook's page may be dark.
+    return f'{_LEGEND}<div style="{_CARD}; white-space: pre-wrap; line-height: 1.9">{"".join(parts)}</div>'
 
 
 def positions(record: SelectionRecord, index: int = 0) -> Figure:
@@ -70,17 +85,19 @@ def positions(record: SelectionRecord, index: int = 0) -> Figure:
     layers = record.layers
     height = 1.2 + max(1.2, 0.16 * len(layers))
     figure, (marks, axes) = subplots(2, 1, size=(10, height), gridspec_kw={"height_ratios": [1, 4]}, sharex=True)
+    marks.grid(False)
+    axes.grid(False)
     if region.stop > region.start:
         extent = (region.start - 0.5, region.stop - 0.5, len(layers) - 0.5, -0.5)
         # With more tokens than pixels (about 800), show their mean; otherwise do not blur between layers.
         smooth = "auto" if len(sample.token_ids) > 800 else "nearest"
         scale = {"cmap": _SHADES, "vmin": 0, "vmax": 1}
         image = axes.imshow(shares, aspect="auto", extent=extent, interpolation=smooth, **scale)
-        figure.colorbar(image, ax=[marks, axes], label="share of the layer's heads that kept it")
+        figure.colorbar(image, ax=[marks, axes], label="share of the layer's heads")
     # Hatched, because a small share would look the same.
-    axes.patch.set(facecolor=_UNCOMPRESSED, edgecolor="#a0a0a0", hatch="////")
+    axes.patch.set(facecolor=_UNCOMPRESSED, edgecolor=_EDGE, hatch="////")
     axes.set(xlim=(-0.5, len(sample.token_ids) - 0.5), ylim=(len(layers) - 0.5, -0.5))
-    axes.set(xlabel="position in the prompt, tokens", ylabel="layer")
+    axes.set(xlabel="position in the prompt (tokens)", ylabel="layer")
     _name_layers(axes.yaxis, layers)
     boxes = {"gold passage": (sample.gold_spans, _GOLD), "answer": (sample.answer_spans, _ANSWER)}
     for row, (spans, colour) in enumerate(boxes.values()):
@@ -94,11 +111,11 @@ def positions(record: SelectionRecord, index: int = 0) -> Figure:
     marks.set_ylim(1.6, -0.6)
     marks.spines[:].set_visible(False)
     marks.tick_params(length=0, labelbottom=False)
-    marks.set_title(f"{_name(record)}, sample {sample.id}", loc="left")
+    entitle(marks, "Share of heads that kept each token, by layer", f"{_name(record)}; sample {sample.id}")
     shown = [Patch(facecolor="none", edgecolor=colour, label=name) for name, (_, colour) in boxes.items()]
-    shown.append(Patch(facecolor=_WHITE, edgecolor="#a0a0a0", label="kept by no head"))
-    shown.append(Patch(facecolor=_UNCOMPRESSED, edgecolor="#a0a0a0", hatch="////", label="never compressed"))
-    figure.legend(handles=shown, loc="outside lower center", ncols=len(shown), frameon=False, fontsize="small")
+    shown.append(Patch(facecolor=_WHITE, edgecolor=_EDGE, label="kept by no head"))
+    shown.append(Patch(facecolor=_UNCOMPRESSED, edgecolor=_EDGE, hatch="////", label="never compressed"))
+    figure.legend(handles=shown, loc="outside lower center", ncols=len(shown), frameon=False, fontsize=10)
     return figure
 
 
@@ -106,59 +123,69 @@ def survival_by_layer(records: Sequence[SelectionRecord]) -> Figure:
     """Plot the share of the evidence that each layer's heads keep on average, one line per record, with chance."""
     figure, panels = subplots(1, 2, size=(10, 3.4), sharey=True)
     shown: dict[metrics.Evidence, str] = {"gold": "gold passages", "answer": "answers"}
+    names, about = _apart(records)
     for axes, (evidence, title) in zip(panels, shown.items(), strict=True):
         found = [metrics.survival(record, evidence) for record in records]
-        for record, kept in zip(records, found, strict=True):
-            axes.plot(record.layers, kept.by_head.mean(axis=1), "o-", markersize=3, label=_name(record))
+        for record, kept, name in zip(records, found, names, strict=True):
+            axes.plot(record.layers, kept.by_head.mean(axis=1), "o-", markersize=3, label=name)
         _mark_chance(axes, records)
-        axes.set(xlabel="layer", title=f"{title} ({found[0].tokens} tokens)")
+        axes.set(xlabel="layer")
+        axes.set_title(f"{title} ({found[0].tokens:,} tokens)", loc="left", fontsize=11)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    panels[0].set_ylabel("kept share of tokens, mean of heads")
+    figure.suptitle("Share of the evidence that is kept, by layer", x=0, ha="left", fontsize=12, fontweight="bold")
+    panels[0].set_ylabel("kept share (mean of heads)")
     panels[0].set_ylim(SCORES)
-    legend(panels[1])
+    legend(panels[1], about)
     return figure
 
 
 def by_place(records: Sequence[SelectionRecord]) -> Figure:
     """Plot the kept share of tokens along a partition: the mean over layers, and a band from minimum to maximum."""
-    figure, axes = subplots(1, 1, size=(7, 3.4))
-    for record in records:
+    figure, axes = subplots(1, 1, size=(8, 3.6))
+    names, about = _apart(records)
+    for record, name in zip(records, names, strict=True):
         parts = min(32, record.rule["lag_size"])
         places, shares = (np.arange(parts) + 0.5) / parts, metrics.by_place(record, parts)
-        (line,) = axes.plot(places, shares.mean(axis=0), label=_name(record))
+        (line,) = axes.plot(places, shares.mean(axis=0), label=name)
         span = shares.min(axis=0), shares.max(axis=0)
         axes.fill_between(places, *span, color=line.get_color(), alpha=0.15, linewidth=0)
     _mark_chance(axes, records)
-    axes.set(xlabel="place in the partition (0: its first token)", ylabel="kept share of tokens", xlim=(0, 1))
+    entitle(axes, "Kept share of tokens, by place in the partition", "line: mean of the layers; band: all layers")
+    axes.set(xlabel="place in the partition (0: first token, 1: last)", ylabel="kept share of tokens", xlim=(0, 1))
     axes.set_ylim(SCORES)
-    legend(axes)
+    legend(axes, about)
     return figure
 
 
 def kinds(records: Sequence[SelectionRecord]) -> Figure:
     """Plot the kinds of kept tokens beside those of all tokens (a token may have several kinds)."""
     figure, axes = subplots(1, 1, size=(8, 3.4))
+    names, about = _apart(records)
     columns = {"all tokens": metrics.kinds_kept(records[0])[0]}
-    columns |= {f"kept, {_name(record)}": metrics.kinds_kept(record)[1] for record in records}
+    columns |= {f"kept, {name}": metrics.kinds_kept(each)[1] for each, name in zip(records, names, strict=True)}
     width = 0.8 / len(columns)
     for number, (label, values) in enumerate(columns.items()):
         places = np.arange(len(values)) + (number - (len(columns) - 1) / 2) * width
         axes.bar(places, values, width, color=None if number else OKABE_ITO[-1], label=label)
     axes.set_xticks(range(len(metrics.KINDS)), metrics.KINDS)
-    axes.set(ylabel="share of the tokens", ylim=SCORES)
-    legend(axes)
+    axes.grid(False, axis="x")
+    entitle(axes, "Kinds of the kept tokens, beside all tokens", "a token may be of several kinds")
+    axes.set(xlabel="kind of the token's word", ylabel="share of the tokens", ylim=SCORES)
+    legend(axes, about)
     return figure
 
 
 def agreement(record: SelectionRecord) -> Figure:
     """Plot Cohen's kappa between the heads of each pair of layers; on the diagonal, between heads of one layer."""
     means = metrics.agreement(record)
-    figure, axes = subplots(1, 1, size=(5, 4))
+    figure, axes = subplots(1, 1, size=(6, 4.6))
+    axes.grid(False)
     image = axes.imshow(means, cmap="cividis", vmin=min(0.0, float(np.nanmin(means, initial=0))))
     figure.colorbar(image, ax=axes, label="Cohen's kappa (0: chance, 1: the same tokens)")
     for axis in (axes.xaxis, axes.yaxis):
         _name_layers(axis, record.layers)
-    axes.set(xlabel="layer", ylabel="layer", title=_name(record))
+    entitle(axes, "Agreement between the heads of two layers", _name(record))
+    axes.set(xlabel="layer", ylabel="layer")
     return figure
 
 
@@ -169,13 +196,16 @@ def change(first: SelectionRecord, second: SelectionRecord) -> Figure:
         UserError: the records have different models or samples.
     """
     kappa = metrics.agreement_between(first, second)
-    figure, axes = subplots(1, 1, size=(6, 3.4))
+    figure, axes = subplots(1, 1, size=(8, 3.4))
     for head, shares in enumerate(kappa.T):
         axes.plot(first.layers, shares, "o", color=OKABE_ITO[0], alpha=0.6, label=None if head else "a head")
     axes.plot(first.layers, kappa.mean(axis=1), "-", color=OKABE_ITO[1], label="mean of the layer")
     axes.axhline(0, linestyle=":", color="grey", label="chance")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="layer", ylabel="Cohen's kappa", title=f"{_name(first)} against {_name(second)}")
+    (one, other), about = _apart([first, second])
+    names = f"{about}{', ' if about else ''}{one} against {other}"
+    entitle(axes, "Does each head keep the same tokens in both records?", f"{names}; 1: the same, 0: chance")
+    axes.set(xlabel="layer", ylabel="Cohen's kappa")
     axes.set_ylim(min(SCORES[0], axes.get_ylim()[0]), SCORES[1])
     legend(axes)
     return figure
@@ -185,24 +215,30 @@ def gates(values: Sequence[Sequence[float]], title: str) -> Figure:
     """Plot DuoAttention's gates (N, H) by layer and head, from 0 (sinks and recent tokens) to 1 (everything)."""
     layers, heads = len(values), len(values[0])
     figure, axes = subplots(1, 1, size=(2.5 + 0.25 * heads, 1.5 + 0.16 * layers))
+    axes.grid(False)
     image = axes.imshow(values, cmap=_SHADES, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    figure.colorbar(image, ax=axes, label="gate")
+    figure.colorbar(image, ax=axes, label="gate (0: recent tokens, 1: all)")
     _name_layers(axes.yaxis, range(layers))
     _name_layers(axes.xaxis, range(heads))
-    axes.set(xlabel="key-value head", ylabel="layer", title=title)
+    entitle(axes, "Gates of the heads", title)
+    axes.set(xlabel="key-value head", ylabel="layer")
     return figure
 
 
 def f1_against(rules: pd.DataFrame, column: str, label: str) -> Figure:
-    """Plot F1 with its interval against a column of :func:`~lrsa_lit.analysis.runs.by_rule`; ``label`` has the unit."""
-    figure, axes = subplots(1, 1, size=(6, 3.6))
+    """Plot F1 with its interval against a column of :func:`~lrsa_lit.analysis.runs.by_rule`.
+
+    ``label`` is the column's name, with its unit or symbol in parentheses.
+    """
+    figure, axes = subplots(1, 1, size=(8, 3.8))
     lines = rules.dropna(subset=[column]).sort_values(column).groupby(["model", "lag_size"], dropna=False)
     for (model, lag_size), line in lines:
         errors = np.stack([line["f1"] - line["f1_low"], line["f1_high"] - line["f1"]])
         axes.errorbar(line[column], line["f1"], errors, fmt="o-", capsize=3, label=title_of_run(model, lag_size))
         for _, row in line.dropna(subset=["top_k"]).iterrows():
             axes.annotate(f"K{row['top_k']:g}", (row[column], row["f1"]), xytext=(5, 4), textcoords="offset points")
-    axes.set(xlabel=label, ylabel="F1 (bars: 95 % over seeds and questions)", ylim=SCORES)
+    entitle(axes, f"F1 against {label.partition(' (')[0]}", "bars: 95 % CI over seeds and questions")
+    axes.set(xlabel=label, ylabel="F1", ylim=SCORES)
     if lines.ngroups:
         legend(axes)
     else:
@@ -212,28 +248,38 @@ def f1_against(rules: pd.DataFrame, column: str, label: str) -> Figure:
 
 def differences(pairs: pd.DataFrame) -> Figure:
     """Plot the paired :func:`~lrsa_lit.analysis.runs.differences`; intervals that include 0 may be chance."""
-    figure, axes = subplots(1, 1, size=(7, 1.4 + 0.35 * len(pairs)))
+    figure, axes = subplots(1, 1, size=(8, 1.6 + 0.35 * len(pairs)))
     rows = np.arange(len(pairs))
     errors = np.stack([pairs["mean"] - pairs["low"], pairs["high"] - pairs["mean"]])
     axes.errorbar(pairs["mean"], rows, xerr=errors, fmt="o", capsize=3, color=OKABE_ITO[0])
     axes.axvline(0, linestyle=":", color="grey")
-    axes.set_yticks(rows, [f"{one} less {other}" for one, other in zip(pairs["first"], pairs["second"], strict=True)])
-    axes.set(xlabel="difference in F1 on the same questions (bars: 95 %)", ylim=(len(pairs) - 0.5, -0.5))
+    axes.set_yticks(rows, [f"{one} minus {other}" for one, other in zip(pairs["first"], pairs["second"], strict=True)])
+    entitle(axes, "Differences in F1 on the same questions", "bars: 95 % CI; one that includes 0 may be chance")
+    axes.set(xlabel="difference in F1", ylim=(len(pairs) - 0.5, -0.5))
     return figure
 
 
 def subplots(rows: int, columns: int, *, size: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
-    """Like ``pyplot.subplots``, without pyplot and with Okabe and Ito's palette; ``size`` is in inches."""
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(rows, columns, **options)
+    """Like ``pyplot.subplots``, without pyplot and in the style of all figures; ``size`` is in inches."""
+    with rc_context(_STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        panels = figure.subplots(rows, columns, **options)
     for axes in figure.axes:
         axes.set_prop_cycle(color=OKABE_ITO)
     return figure, panels
 
 
+def entitle(axes: Axes, title: str, about: str = "") -> None:
+    """Add a title that says what is shown, and below it in grey a line about it, such as the run."""
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=22 if about else 7)
+    line = {"xycoords": "axes fraction", "textcoords": "offset points", "color": _GREY, "fontsize": 10}
+    axes.annotate(about, (0, 1), xytext=(0, 7), annotation_clip=False, **line)
+
+
 def legend(axes: Axes, title: str | None = None) -> None:
     """Add a legend beside the axes."""
-    axes.legend(title=title, frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    place = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
+    axes.legend(title=title, frameon=False, fontsize=10, title_fontsize=10, alignment="left", **place)
 
 
 def _name_layers(axis: Axis, layers: Sequence[int]) -> None:
@@ -245,6 +291,13 @@ def _mark_chance(axes: Axes, records: Sequence[SelectionRecord]) -> None:
     """Draw a line at each K/L of the records, the share that heads with random selection keep."""
     for chance in sorted({record.chance for record in records}):
         axes.axhline(chance, linestyle=":", color="grey", label=f"chance, K/L = {chance:g}")
+
+
+def _apart(records: Sequence[SelectionRecord]) -> tuple[list[str], str]:
+    """Names of records that differ, and what they have in common: the model and the rule, or nothing."""
+    names = [_name(record) for record in records]
+    shared = {name.rpartition(", ")[0] for name in names}
+    return ([name.rpartition(", ")[2] for name in names], *shared) if len(shared) == 1 else (names, "")
 
 
 def _name(record: SelectionRecord) -> str:
@@ -276,9 +329,10 @@ def _boxed(inner: str, colour: str, more: str = "") -> str:
     return f'<span style="{box}; {goes_on}{more}">{inner}</span>'
 
 
-_BAR = f"background: linear-gradient(to right, {_WHITE}, {_DARK}); border: 1px solid #a0a0a0"
+_CARD = f"background: {_WHITE}; color: #000; padding: 0.4em 0.8em"
+_BAR = f"background: linear-gradient(to right, {_WHITE}, {_DARK}); border: 1px solid {_EDGE}"
 _LEGEND = (
-    '<div style="margin-bottom: 0.5em">heads that kept a token: '
+    f'<div style="{_CARD}">heads that kept a token: '
     f'none <span style="{_BAR}; display: inline-block; width: 8em; height: 0.9em"></span> all'
     f" &emsp; {_boxed('gold passage', _GOLD)} &emsp; {_boxed('answer', _ANSWER, '; font-weight: bold')}"
     f' &emsp; <span style="background: {_UNCOMPRESSED}; color: #555; font-style: italic">sinks and raw window</span>'

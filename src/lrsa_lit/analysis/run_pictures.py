@@ -58,24 +58,27 @@ def scores_figure(history: Sequence[tuple[int, Mapping[str, float]]], stems: Map
     # Importing matplotlib takes a second, which runs without a logger should not pay.
     from matplotlib.ticker import MaxNLocator
 
-    from lrsa_lit.analysis.plots import legend, subplots
+    from lrsa_lit.analysis.plots import entitle, legend, subplots
 
     names = [name for name in _DRAWN if any(stem + name in values for _, values in history for stem in stems.values())]
     over_steps = len({step for step, _ in history}) > 1
     height = 3.4 if over_steps else 1.2 + 0.35 * len(stems)
     figure, (panels,) = subplots(1, max(1, len(names)), size=(10, height), squeeze=False)
     for axes, name in zip(panels, names, strict=False):
-        title = SCORES[name] if name == "f1" else f"{SCORES[name]}, nats a token"
+        title = SCORES[name] if name == "f1" else f"{SCORES[name]} (nats per token)"
         if over_steps:
             for label, stem in stems.items():
                 axes.plot(*zip(*((step, values.get(stem + name, math.nan)) for step, values in history), strict=True),
                           "o-", markersize=3, label=label)  # fmt: skip
+            entitle(axes, f"{SCORES[name].capitalize()} at each validation")
             axes.set(xlabel="optimizer step", ylabel=title, **_limits("y", name))
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         else:
             found = [history[-1][1].get(stem + name, math.nan) for stem in stems.values()]
             axes.bar_label(axes.barh(list(stems), found), fmt=" %.3f")
             axes.invert_yaxis()
+            axes.grid(False, axis="y")
+            entitle(axes, f"{SCORES[name].capitalize()} of each attention")
             axes.set(xlabel=title, **_limits("x", name))
     if over_steps and names:
         legend(panels[-1])

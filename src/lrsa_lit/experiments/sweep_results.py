@@ -122,7 +122,7 @@ def as_note(outcomes: Sequence[Outcome]) -> str:
 
 def f1_against_kept(outcomes: Sequence[Outcome]) -> Figure | None:
     """Plot F1 against K/L, one line per combination of the other settings; None if no point has both."""
-    from lrsa_lit.analysis.plots import legend, subplots
+    from lrsa_lit.analysis.plots import entitle, legend, subplots
 
     drawn = [each for each in outcomes if not math.isnan(each.score()) and not math.isnan(each.point.kept_share)]
     if not drawn:
@@ -139,6 +139,7 @@ def f1_against_kept(outcomes: Sequence[Outcome]) -> Figure | None:
         dense = [each.score("val/dense/f1") for each in line]
         if not all(map(math.isnan, dense)):
             axes.plot(shares, dense, "s:", color=own.get_color(), label=f"{label} dense".strip())
-    axes.set(xlabel="K/L, the kept share of a partition", ylabel="F1 of the last validation", ylim=(-0.02, 1.02))
+    entitle(axes, "F1 against the kept share", "last validation of each run")
+    axes.set(xlabel="kept share of a partition (K/L)", ylabel="F1", ylim=(-0.02, 1.02))
     legend(axes)
     return figure

@@ -229,7 +229,7 @@ def test_hours_are_those_that_the_results_know(study_file):
     lines = [evaluation(study, "dense", "dense", scores(0.5), seconds=5400.0),
              evaluation(study, "dense", "4x", scores(0.5))]  # fmt: skip
     (row,) = Blocks(study, lines).texts["machines"]().splitlines()[2:]
-    assert row == "| abacus | torch 2.0 | c0ffee | 0 | 0 | 2 | 1.5 (1 of 2 results say) |"
+    assert row == "| abacus | torch 2.0 | c0ffee | 0 | 0 | 2 | 1.5 (from 1 of 2 results) |"
     assert Blocks(study, lines[1:]).texts["machines"]().endswith("| 0 | 1 |  |")
 
 
@@ -294,8 +294,9 @@ def test_a_layer_is_held_against_the_same_rule_without_it(tmp_path):
     assert found[1].gain.high == pytest.approx(2.0)
     (axes,) = blocks.plots["layers/plain/plot"][1]().axes
     assert bars(axes) == {"0": 0.25, "1": 1.25}
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("dense layer", "fall of the answer loss,\nnats a token (95 %)")
-    assert axes.get_legend().get_title().get_text() == "trained; dense as well: none"
+    assert axes.get_xlabel() == "layer that is dense"
+    assert axes.get_ylabel() == "fall of the answer loss\n(nats per token)"
+    assert axes.texts[0].get_text() == "layers: plain; dense under 8x; other dense layers: none; bars: 95 % CI"
     # Another seed than the base's says nothing of the layer.
     assert layers(Blocks(study, [lines[0], {**lines[3], "seed": 1}]).tables["layers/plain"]) == []
     assert Blocks(study, lines[1:]).plots["layers/plain/plot"][1]() is None
@@ -334,11 +335,9 @@ def test_layers_are_held_against_the_base_that_most_others_have(tmp_path):
         ("only-1", (1,), 0): 1.0, ("only-1", (1,), 3): 2.0}  # fmt: skip
     assert len(found) == 18
     figure = blocks.plots["layers/plain/plot"][1]()
-    assert figure.get_suptitle() == "layers: plain"
-    legends = [axes.get_legend() for axes in figure.axes]
-    assert [(legend.get_title().get_text().partition(": ")[2], legend.get_texts()[0].get_text())
-            for legend in legends[:4]] == [
-        ("1", "dense, only-1"), ("1, 3", "dense, two"), ("1, 3", "dense, other"), ("none", "dense, 8x")]  # fmt: skip
+    assert [tuple(axes.texts[0].get_text().split("; ")[:3]) for axes in figure.axes[:4]] == [
+        ("layers: plain", f"dense under {base}", f"other dense layers: {others}")
+        for base, others in (("only-1", "1"), ("two", "1, 3"), ("other", "1, 3"), ("8x", "none"))]  # fmt: skip
     assert bars(figure.axes[0]) == {"0": 1.0, "3": 2.0}
     assert bars(figure.axes[5]) == {"0": 1.0, "2": 0.5}
 

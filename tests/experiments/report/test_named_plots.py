@@ -39,7 +39,7 @@ def test_names_are_places_of_which_some_stay_empty(tmp_path):
     points, axes = drawn(study, evaluations(study, ("dense", "dense", 0.8), ("lrsa", "4x", 0.6)))
     assert [round(x) for x, _ in points["a"] + points["b"]] == [0, 1]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["first", "second"]
-    assert axes.get_title() == "A plot"
+    assert axes.get_title("left") == "A plot"
 
 
 def test_a_point_may_be_of_another_data_set(tmp_path):

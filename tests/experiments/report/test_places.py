@@ -83,7 +83,7 @@ def test_a_document_has_them_as_a_block_and_says_what_it_needs(
     assert document.read_text() == "<!-- study:places/plain/places -->\n<!-- /study -->\n"
     main([*command, "--data", str(data)])
     text = document.read_text()
-    assert "| trained | inference | seeds | seen by all (" in text
+    assert "| trained | inference | seeds | visible to all heads (" in text
     assert "| dense | short | 1 |" in text
 
 

@@ -24,7 +24,7 @@ def test_a_report_has_a_table_for_each_part_and_data_set(study_file, results, tm
     text = (tmp_path / "report" / "report.md").read_text()
     titles = [line for line in text.splitlines() if line.startswith("## ")]
     assert titles == [
-        "## What was to be reached", "## main: plain (test)", "## main: text (test)", "## all: plain (test)",
+        "## Targets", "## main: plain (test)", "## main: text (test)", "## all: plain (test)",
         "## Perplexity", "## Supporting tokens kept", "## Training", "## Machines"]  # fmt: skip
     assert {path.name for path in (tmp_path / "report").glob("*.png")} == {
         "main-plain.png", "all-plain.png", "perplexity.png", "survival.png"}  # fmt: skip

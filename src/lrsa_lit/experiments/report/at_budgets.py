@@ -27,13 +27,14 @@ at the end of the prompt, including sinks, windows, dense layers and waiting que
 tokens does not count. *peak*: the most bytes held during prefill. *pairs*: query-key pairs attended to in the prompt.
 *read*: bytes that one token of the answer reads. Times are medians over batches; they depend on the batch size and the
 machine, and do not include filters. Budgets hold for a prompt of max_tokens tokens.
-Systems that cut a prompt once do so after the context, before they see the question, which they then hold in full
-within the budget. Systems marked *[q]* cut after the question, so the question can decide what they keep."""
+Systems that compress a prompt once do so after the context, before they see the question; they then hold the whole
+question within the budget. Systems marked *[q]* compress after the question, so the question can decide what they
+keep."""
 _OF_PRODUCTS = f"""
 Filters shorten each whole prompt to the budget. LoRC gives keys and values a low rank; the cache holds their latents
 and positions. The shares of a product multiply: *to 50%* is a fixed share, and the other factor gets the rest of the
 budget. *reusable*: whether the cache can serve another question about the same context. {" and ".join(CONTROLS)} are
-baselines with dense attention at the same budget: they cut the middle, and keep random sentences."""
+baselines with dense attention at the same budget: the first cuts out the middle, the second keeps random sentences."""
 
 
 class _Shown(NamedTuple):
@@ -132,8 +133,8 @@ def _grid(measure: str, rows: Sequence[_Shown], dense: Cell | None, reuse: bool,
             Column("minus dense", [item and item.difference for item in compared], columns.signed),
             *(taken(key) for key in (*more, "kept", "cache", "peak", "pairs")),
             *([Column("reusable", ["yes" if row.reusable else "no" for row in rows])] if reuse else []),
-            milliseconds("first_token_seconds", "first token, ms"),
-            milliseconds("token_seconds", "token, ms"),
+            milliseconds("first_token_seconds", "first token (ms)"),
+            milliseconds("token_seconds", "later tokens (ms)"),
         ],
         names=1,
     )

@@ -36,6 +36,7 @@ from lrsa_lit.ops.sparse_attention import LagRelative
 
 _HALF_A_PERCENT = 0.005
 """Tolerance of shares, which tables show as whole percents."""
+_OVER_SEEDS = " over questions and seeds"
 
 
 class Best(NamedTuple):
@@ -66,7 +67,7 @@ class Verdict(NamedTuple):
         bar: name of the bar.
         required: the requirement.
         reached: the result; empty without results.
-        verdict: met, missed or open, with a note on the error.
+        verdict: met, missed or open, with a note on the interval.
         by: the cells that the result is from.
         best: the cell that was compared with the requirement.
         data_set: the bar's data set.
@@ -196,7 +197,7 @@ class Bars:
             return Verdict(name, required)
         cell = best.cell
         by = f"{cell.row} under {cell.attention} (kept {cell.kept:.1%}, pairs {cell.pairs:.1%})"
-        by += f", against {best.reference.row}, {columns.seeds(len(cell.lines))}{_chosen(best)}"
+        by += f", compared with {best.reference.row}, {columns.seeds(len(cell.lines))}{_chosen(best)}"
         return Verdict(name, required, columns.percent(best.ratio), _judged(best.ratio, bar["of_dense"]), by, cell)
 
     def _at_least(self, name: str, bar: Settings) -> Verdict:
@@ -221,7 +222,7 @@ class Bars:
                 return Verdict(name, required)
             least = min(held, key=lambda cell: cell.cache or 0.0)
             by = f"{least.row} under {inference} holds {columns.share(least.cache or 0.0)} of dense bytes"
-            return Verdict(name, required, "holds too much", "**missed**", by, least)
+            return Verdict(name, required, "cache too large", "**missed**", by, least)
         by = f"{best.cell.row} under {inference}, {columns.seeds(len(best.cell.lines))}{_chosen(best)}"
         verdict = _judged(best.ratio, bar["at_least"])
         return Verdict(name, required, columns.percent(best.ratio), verdict, by, best.cell)
@@ -230,7 +231,7 @@ class Bars:
         scope, asked = self._scope(bar), bar["above"]
         others = ", ".join(f"{row} under {attention}" for row, attention in asked)
         draw_seeds = bar.get("draw_seeds", False)
-        required = f"{self._label(bar)} above {others}, p < {bar['p']:g}{' with seeds drawn' * draw_seeds}"
+        required = f"{self._label(bar)} above {others}, p < {bar['p']:g}{_OVER_SEEDS * draw_seeds}"
         cell = scope.cell(bar["row"], bar["inference"])
         measured = [other for names in asked if (other := scope.cell(*names)) is not None]
         pairs = [pair for other in measured if cell and (pair := cell.paired(other))]
@@ -251,7 +252,7 @@ class Bars:
         if "above" in bar:
             (row, attention), *more = bar["above"]
             others = f"each of {len(more) + 1}" if more else f"{row} under {attention}"
-            return f"{label} above {others}, p < {bar['p']:g}{' with seeds drawn' * bar.get('draw_seeds', False)}"
+            return f"{label} above {others}, p < {bar['p']:g}{_OVER_SEEDS * bar.get('draw_seeds', False)}"
         share = bar.get("of_dense", bar.get("at_least"))
         return f"{share:.0%} of {label}" if "of" in bar or "of_dense" in bar else f"{label} of {share:g}"
 
@@ -264,7 +265,8 @@ class Bars:
 
 def table_of(verdicts: Sequence[Verdict]) -> Grid:
     """A row per bar, with the cells that reached it."""
-    return Grid([Column(name, [getattr(item, name) for item in verdicts]) for name in Verdict._fields[:5]], names=5)
+    fields = {name: name for name in Verdict._fields[:4]} | {"by": "measured on"}
+    return Grid([Column(title, [getattr(item, name) for item in verdicts]) for name, title in fields.items()], names=5)
 
 
 def claim_of(verdicts: Sequence[Verdict]) -> Grid:
@@ -326,13 +328,13 @@ def _mean(cell: Cell, measure: str, seeds: int) -> str:
 
 
 def _judged(found: Estimate, required: float) -> str:
-    """The verdict on a score: the value decides, and the interval adds whether it is beyond the error.
+    """The verdict on a score: the value decides; a note says if the interval includes the other verdict.
 
     If all questions have the same score, the bootstrap interval is empty; the error is then unknown, not zero.
     """
     if found.value >= required:
-        return "met" if found.low >= required and found.high > found.low else "met, not beyond the error"
-    return "**missed**" if found.high < required else "**missed**, within the error"
+        return "met" if found.low >= required and found.high > found.low else "met, not significantly"
+    return "**missed**" if found.high < required else "**missed**, not significantly"
 
 
 def _significant(found: Sequence[Comparison], p_values: Sequence[float], level: float, asked: int) -> str:
@@ -341,7 +343,7 @@ def _significant(found: Sequence[Comparison], p_values: Sequence[float], level: 
         return "**missed**"
     if len(found) < asked:
         return "open"
-    return "met" if all(item.difference.low > 0 for item in found) else "met, not beyond the error of seeds"
+    return "met" if all(item.difference.low > 0 for item in found) else "met, not significantly over seeds"
 
 
 def _apart(pairs: Sequence[tuple[Cell, Cell]], measure: str) -> float | None:

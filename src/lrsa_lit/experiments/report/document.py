@@ -130,7 +130,7 @@ class Blocks:
     def _about(self, table: Table) -> str:
         if table.measure != "loss":
             return "the score against the share of pairs attended to"
-        return "what each dense layer gains" if self.study.generates(table.data_set) else "perplexity"
+        return "what each dense layer recovers" if self.study.generates(table.data_set) else "perplexity"
 
     def _plot(self, table: Table) -> Figure | None:
         title = f"{table.part}: {table.data_set}"
@@ -160,7 +160,7 @@ def write_report(study: Study, lines: Sequence[Line], folder: Path) -> None:
     blocks, report = Blocks(study, lines), folder / "report.md"
     parts = {name: f"{table.part}: {table.data_set} ({table.split})" for name, table in blocks.tables.items()}
     texts = [f"# Results of {study.title}", "", tables.LEGEND]
-    for name, title in ({"bars": "What was to be reached"} | parts | _TITLES).items():
+    for name, title in ({"bars": "Targets"} | parts | _TITLES).items():
         if text := blocks.markdown(name, report, folder):
             texts += ["", f"## {title}", "", text]
             plot = f"{name}/plot"

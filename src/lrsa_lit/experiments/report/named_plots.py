@@ -7,15 +7,15 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from lrsa_lit.analysis.plots import subplots
+from lrsa_lit.analysis.plots import entitle, subplots
 from lrsa_lit.experiments.report.cells import Cell, Cells, measure_of
 from lrsa_lit.experiments.report.result_plots import lines_of
 from lrsa_lit.experiments.report.tables import LABELS
 
 _AXES = {
-    "cache": "bytes of the cache at the end of the prompt, as a share of dense ones",
-    "pairs": "share of the query-key pairs attended to (sinks, windows and dense layers counted)",
-    "length": "tokens of the context (log scale)",
+    "cache": "bytes at the end of the prompt, as a share of a dense cache",
+    "pairs": "share of query-key pairs attended to (with sinks, windows, dense layers)",
+    "length": "length of the context (tokens, log scale)",
 }
 
 
@@ -38,7 +38,8 @@ def named_plot(cells: Cells, name: str) -> Figure | None:
         return None
     figure, axes = subplots(1, 1, size=(10, 4.5))
     lines_of(axes, found, "", joined=not ticks)
-    axes.set(title=plot["title"], ylabel=f"{LABELS[measure]} (bars: 95 %)")
+    entitle(axes, plot["title"], "bars: 95 % CI")
+    axes.set_ylabel(LABELS[measure])
     axes.set_ylim(bottom=0)
     if ticks:
         axes.set_xticks(range(len(ticks)), [textwrap.fill(tick, 14) for tick in ticks])

@@ -25,8 +25,8 @@ from lrsa_lit.paths import nearest
 # tqdm warns in notebooks without ipywidgets.
 warnings.filterwarnings("ignore", message="IProgress not found")
 
-ALWAYS = "seen by all"
-LAST = "in a partition's last K"
+ALWAYS = "visible to all heads"
+LAST = "in the last K of a partition"
 ELSEWHERE = "elsewhere"
 NOWHERE = "not in the text"
 PLACES = (ALWAYS, LAST, ELSEWHERE, NOWHERE)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from lrsa_lit.analysis.plots import OKABE_ITO, legend, subplots
+from lrsa_lit.analysis.plots import OKABE_ITO, entitle, legend, subplots
 from lrsa_lit.experiments.report.tables import LABELS
 
 if TYPE_CHECKING:
@@ -23,14 +23,14 @@ _MARKERS = "osD^vP*X"
 
 
 def against_share(entries: Sequence[Entry], measure: str, title: str) -> Figure:
-    """Plot the score of each row, with its interval, against the share of query-key pairs attended to."""
+    """Plot the score of each row, with its interval, against the share of query-key pairs attended to.
+
+    ``title`` names the part and the data set.
+    """
     figure, axes = subplots(1, 1, size=(7, 4))
     lines_of(axes, [(entry.cell.row, entry.cell.pairs, entry.score) for entry in entries])
-    axes.set(
-        xlabel="share of the query-key pairs attended to (sinks, windows and dense layers counted)",
-        ylabel=f"{LABELS[measure]} (bars: 95 %)",
-        title=title,
-    )
+    entitle(axes, f"{LABELS[measure]} against the share of pairs attended to", f"{title}; bars: 95 % CI")
+    axes.set(xlabel="share of query-key pairs (with sinks, windows, dense layers)", ylabel=LABELS[measure])
     axes.set_ylim(bottom=0)
     return figure
 
@@ -40,10 +40,10 @@ def against_cache(found: Sequence[tuple[str, float, Estimate]], label: str, titl
     systems = len({name for name, *_ in found})
     figure, axes = subplots(1, 1, size=(9, max(5, 1 + 0.25 * systems)))
     lines_of(axes, found, "system")
-    axes.set(xlabel="bytes of the cache at the end of the prompt, as a share of dense ones (log scale)", title=title)
+    entitle(axes, f"{label} against the size of the cache", f"{title}; bars: 95 % CI")
+    axes.set(xlabel="bytes at the end of the prompt, as a share of a dense cache (log scale)", ylabel=label)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
-    axes.set_ylabel(f"{label} (bars: 95 %)")
     axes.set_ylim(bottom=0)
     return figure
 
@@ -57,7 +57,8 @@ def perplexity(texts: Sequence[Cell]) -> Figure | None:
     for axes, name in zip(panels[:, 0], names, strict=True):
         shown = [cell for cell in texts if cell.line["set"] == name]
         lines_of(axes, [(cell.row, cell.kept, cell.estimate("loss").exp()) for cell in shown])
-        axes.set(xlabel="share of pairs kept (K/L, 1 in dense layers)", ylabel="perplexity (bars: 95 %)", title=name)
+        entitle(axes, "Perplexity against the share of pairs kept", f"{name}; bars: 95 % CI")
+        axes.set(xlabel="share of pairs kept (K/L; 1 in dense layers)", ylabel="perplexity")
     return figure
 
 
@@ -73,15 +74,15 @@ def survival(found: Sequence[tuple[Cell, Cell]]) -> Figure | None:
             groups.setdefault(f"{pair[1].line['set']}: {pair[1].attention}", []).append(pair)
     if not groups:
         return None
-    figure, axes = subplots(1, 1, size=(7, 1.4 + 0.25 * len(groups)))
+    figure, axes = subplots(1, 1, size=(8, 1.8 + 0.25 * len(groups)))
     axes.axvline(1.0, color="grey", linestyle="--", label="chance, K/L")
     for side, (when, marker) in enumerate((("before", "o"), ("after", "D"))):
         kept = [(pair[side].survival("gold") / pair[1].survival("chance"), place)
                 for place, pairs in enumerate(groups.values()) for pair in pairs]  # fmt: skip
         axes.plot(*zip(*kept, strict=True), marker, alpha=0.5, label=f"{when} training")
     axes.set_yticks(range(len(groups)), list(groups))
-    axes.tick_params(axis="y", labelsize="small")
-    axes.set(xlabel="kept share of the supporting passages' tokens, by K/L", ylim=(len(groups) - 0.5, -0.5))
+    entitle(axes, "Supporting tokens kept, before and after training", "right of the line: more than random selection")
+    axes.set(xlabel="kept share of the supporting passages' tokens, divided by K/L", ylim=(len(groups) - 0.5, -0.5))
     legend(axes)
     return figure
 
@@ -101,12 +102,12 @@ def layers(found: Sequence[LayerGain], title: str) -> Figure | None:
         items = sorted(items, key=lambda item: item.layer)
         gains, colour = [item.gain for item in items], OKABE_ITO[number % len(OKABE_ITO)]
         heights, names = [gain.value for gain in gains], [str(item.layer) for item in items]
-        axes.bar(names, heights, yerr=_errors(gains), color=colour, capsize=2, label=f"{row}, {attention}")
+        axes.bar(names, heights, yerr=_errors(gains), color=colour, capsize=2)
         axes.axhline(0, color="grey", linewidth=0.8)
-        axes.tick_params(axis="x", labelsize="small")
-        axes.set(xlabel="dense layer", ylabel="fall of the answer loss,\nnats a token (95 %)")
-        legend(axes, f"trained; dense as well: {', '.join(map(str, base)) or 'none'}")
-    figure.suptitle(title)
+        axes.grid(False, axis="x")
+        about = f"{title}; {row} under {attention}; other dense layers: {', '.join(map(str, base)) or 'none'}"
+        entitle(axes, "Fall of the answer loss if one more layer is dense", f"{about}; bars: 95 % CI")
+        axes.set(xlabel="layer that is dense", ylabel="fall of the answer loss\n(nats per token)")
     return figure
 
 
@@ -121,11 +122,12 @@ def training_curves(lines: Sequence[Line], window: int = 20) -> Figure:
             means = pd.Series(line["losses"]).rolling(window, min_periods=1).mean()
             axes.plot(means.index + 1, means, color=OKABE_ITO[number % len(OKABE_ITO)], label=label)
             label = f"_{row}"
-    axes.set(xlabel="batch", ylabel=f"answer loss, mean of {window} batches")
+    entitle(axes, "Answer loss during training", f"moving average of {window} batches; one line per seed")
+    axes.set(xlabel="batch", ylabel="answer loss (nats per token)")
     if shown:
         legend(axes, "trained")
     else:
-        axes.text(0.5, 0.5, "the results hold no losses of single batches", ha="center", transform=axes.transAxes)
+        axes.text(0.5, 0.5, "the results have no losses of single batches", ha="center", transform=axes.transAxes)
     return figure
 
 

@@ -16,19 +16,20 @@ from lrsa_lit.experiments.results import Line
 LABELS = {"f1": "F1", "recall": "recall", "em": "exact match", "loss": "perplexity"}
 
 SHARES = """\
-*kept* is K/L in sparse layers and 1 in dense ones, *pairs* the share of query-key pairs attended to,
-sinks and windows included."""
+*kept* is K/L in sparse layers and 1 in dense ones. *pairs* is the share of query-key pairs attended to, including sinks
+and windows."""
 
 LEGEND = f"""\
-Brackets are 95 % bootstrap intervals over questions; questions about one text are resampled together. With several
-seeds, seeds are resampled as well. Comparisons use the seeds that both sides have; each seed has its own order of the
-data. The interval of a single seed does not cover the variation between trainings.
+Brackets are 95 % bootstrap confidence intervals over questions; questions about the same text are resampled together.
+With several seeds, seeds are resampled as well. Comparisons use the seeds that both sides have. Seeds differ in the
+order of the data. The interval of a single seed does not cover the variation between trainings.
 
-{SHARES} *of dense* is the score divided by that of dense training with dense inference: as many
+{SHARES} *of dense* is the score divided by that of dense training with dense inference, which was trained for as many
 steps on the same data, at the learning rate chosen for dense training. *minus dense-trained* is the difference to dense
-training under the same attention. *p* is from a paired permutation test over the questions, and *Holm* adjusts it for
-the tests of its column; it tells whether these trained models differ, not whether other trainings would. *gold kept* is
-the share of the supporting passages' tokens that a head of a sparse layer keeps, over the first 16 questions."""
+training under the same attention. *p* is from a paired permutation test over the questions; *p (Holm)* is adjusted for
+all tests in the column. The tests tell whether these trained models differ, not whether other trainings would. *gold
+kept* is the share of the supporting passages' tokens that a head of a sparse layer keeps, over the first 16
+questions."""
 
 
 def matrix(table: Table) -> Grid:
@@ -78,7 +79,7 @@ def _differences(title: str, found: Sequence[Comparison | None]) -> list[Column]
     return [
         Column(f"minus {title}", [item and item.difference for item in found], columns.signed),
         Column("p", p_values, p_value),
-        Column("Holm", [item and next(adjusted) for item in found], p_value),
+        Column("p (Holm)", [item and next(adjusted) for item in found], p_value),
     ]
 
 
@@ -97,9 +98,9 @@ def training(lines: Sequence[Line]) -> Grid:
             Column("trained", list(rows)),
             Column("seeds", list(map(len, groups))),
             Column("steps", [_listed(line["steps"] for line in own) for own in groups]),
-            means("loss of the last 20 steps", "loss_of_last_20_steps", ".3f"),
+            means("loss (last 20 steps)", "loss_of_last_20_steps", ".3f"),
             means("tokens/s", "tokens_per_second", ",.0f"),
-            means("peak memory, GiB", "peak_memory_bytes", ".1f", 2**30),
+            means("peak memory (GiB)", "peak_memory_bytes", ".1f", 2**30),
             means("minutes", "seconds", ".1f", 60),
         ],
         names=1,
@@ -142,5 +143,5 @@ def _listed(values: Iterable[Any]) -> str:
 
 def _hours(lines: Sequence[Line]) -> str | None:
     known = [line["seconds"] for line in lines if line.get("seconds") is not None]
-    counted = "" if len(known) == len(lines) else f" ({len(known)} of {len(lines)} results say)"
+    counted = "" if len(known) == len(lines) else f" (from {len(known)} of {len(lines)} results)"
     return f"{math.fsum(known) / 3600:.1f}{counted}" if known else None
