@@ -4,11 +4,13 @@ import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from cli_helpers import DEBUG, NO_LOGGER, before_step, recorded_runs, refusal
+from helpers import refused
 from mlflow.tracking import MlflowClient
 
 from lrsa_lit.checkpoints import checkpoint_io, resume
@@ -103,6 +105,37 @@ def test_another_configuration_has_none(fitted, caplog):
     main([*FIT, *LAST, "--model.lrsa.top_k", "4", "--trainer.max_steps", "1"])
     assert "model.lrsa.top_k 8 (here 4)" in caplog.text
     assert "so this is a new run" in caplog.text
+
+
+def test_a_longer_training_is_another_run(fitted, capfd):
+    """The schedule of the first one has ended: "last" starts no other run in its place without a word."""
+    for checkpoint in ("last", f"{CHECKPOINTS}/last.ckpt"):
+        line = refusal(capfd, *FIT, "--trainer.max_steps", "9", "--ckpt_path", checkpoint)
+        assert (
+            f"the learning-rate schedule of {CHECKPOINTS}/last.ckpt ends at step 4, not at trainer.max_steps 9" in line
+        )
+        assert f"--model.start_from {CHECKPOINTS}/last.ckpt" in line
+
+
+def test_without_a_schedule_a_run_goes_on_as_long_as_it_is_told(elsewhere, caplog):
+    fit = [*FIT, "--model.lr_scheduler", "null", "--trainer.val_check_interval", "9"]
+    main([*fit, "--trainer.max_steps", "1"])
+    main([*fit, "--trainer.max_steps", "1", *LAST])
+    assert f"{CHECKPOINTS}/last.ckpt is at trainer.max_steps 1, so there is nothing left to train" in caplog.text
+    caplog.clear()
+    main([*fit, "--trainer.max_steps", "2", *LAST])
+    assert "nothing left" not in caplog.text
+    assert torch.load(f"{CHECKPOINTS}/last.ckpt", weights_only=True)["global_step"] == 2
+
+
+@pytest.mark.parametrize("setting", ["total_steps", "T_max", "total_iters"])
+def test_the_length_of_any_schedule(setting):
+    name = f"model.lr_scheduler.init_args.{setting}"
+    found = resume.About({name: "4", "a": "1"}, 1, None, 4)
+    with refused("ckpt_path", reason="ends at step 4, not at trainer.max_steps 9"):
+        resume.check_continues(Path("x.ckpt"), found, {name: "9", "a": "1"}, 1, 9)
+    # A number that does not follow the length is an ordinary change.
+    assert not resume.check_continues(Path("x.ckpt"), found, {name: "5", "a": "1"}, 1, 9)
 
 
 def test_evaluation_takes_the_last_of_any_rule(fitted, capfd, caplog):

@@ -39,6 +39,7 @@ _log = logging.getLogger("lrsa_lit.checkpoints")
 # Settings that do not change training: other data splits, and workers, which do not change the order.
 _INDIFFERENT = {"val", "test", "evaluate_on", "eval_batch_size", "num_workers"}
 _RULES = ("model.lrsa.", "model.train_attention.")
+_SCHEDULE = "model.lr_scheduler."
 _TRAINER = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
 
 
@@ -150,23 +151,37 @@ def _latest_first(folders: list[Path]) -> Iterator[tuple[Path, About | str]]:
         yield from ((path, says) for _, _, path, says in sorted(found, key=lambda each: each[:2]))
 
 
-def last(folders: Iterable[Path], settings: Mapping[str, str], prefix: str = "") -> Path | None:
+def last(
+    folders: Iterable[Path], settings: Mapping[str, str], prefix: str = "", steps: int | None = None
+) -> Path | None:
     """The newest good checkpoint of a configuration; damaged ones are logged and skipped.
 
     Configurations are the same if all :func:`settings_of` them whose names start with the prefix are equal. If there is
     no checkpoint of this configuration, the result is None and the log names the newest one of another configuration.
 
+    Args:
+        folders: the folders of checkpoints.
+        settings: those of the configuration.
+        prefix: compare only settings whose names start with it.
+        steps: ``trainer.max_steps`` of a fit.
+
     Raises:
-        UserError: there are checkpoints, but all are damaged.
+        UserError: there are checkpoints, but all are damaged; or the newest one differs only in the length of its
+            learning-rate schedule: a new run in its place would not be what "last" promises.
     """
     damaged: list[Path] = []
     other = ""
+    of_other_length: UserError | None = None
     folders = [folder for folder in folders if folder.is_dir()]
     for folder in folders:
         tidy(folder)
     for path, found in _latest_first(folders):
         changes = [] if isinstance(found, str) else differences(found.settings, settings, prefix)
         if changes:
+            if of_other_length is None and not isinstance(found, str):
+                planned = _planned(found.settings, settings, steps)
+                if len(planned) == len(changes):
+                    of_other_length = _other_length(path, planned[0], steps)
             other = other or f"the newest, {path}, has {_listed(changes)}"
         elif (reason := found if isinstance(found, str) else damage(path)) is None:
             return path
@@ -176,13 +191,19 @@ def last(folders: Iterable[Path], settings: Mapping[str, str], prefix: str = "")
     if damaged:
         reason = f"{LAST} finds no good checkpoint; damaged: {', '.join(map(str, damaged))}"
         raise UserError("ckpt_path", reason=reason, hint=other)
+    if of_other_length is not None:
+        raise of_other_length
     if other:
         _log.warning("No checkpoint of this configuration; %s", other)
     return None
 
 
-def check_continues(path: Path, found: About, settings: Mapping[str, str], processes: int) -> bool:
-    """Whether a fit resumes with the same settings; a UserError if its position in the data would change."""
+def check_continues(path: Path, found: About, settings: Mapping[str, str], processes: int, steps: int) -> bool:
+    """Whether a fit of ``steps`` optimizer steps in all resumes with the same settings.
+
+    Raises:
+        UserError: its position in the data, or the length of its learning-rate schedule, would change.
+    """
     if found.processes is not None and found.processes != processes:
         raise other_processes(found.processes, processes)
     changes = differences(found.settings, settings)
@@ -191,6 +212,8 @@ def check_continues(path: Path, found: About, settings: Mapping[str, str], proce
         reason = f"{path} was written with {_listed(order)}, which changes the order of the training data"
         hint = "resume with the same value, or `lrsa export` it and start a new fit from its weights"
         raise UserError("ckpt_path", reason=reason, hint=hint)
+    if planned := _planned(found.settings, settings, steps):
+        raise _other_length(path, planned[0], steps)
     if changes:
         _log.warning("Resumed with other settings, so not equal to an uninterrupted run: %s", _listed(changes))
     return not changes
@@ -198,11 +221,34 @@ def check_continues(path: Path, found: About, settings: Mapping[str, str], proce
 
 def differences(before: Mapping[str, str] | None, now: Mapping[str, str], prefix: str = "") -> list[str]:
     """Settings that changed, such as ``model.lrsa.top_k 8 (here 4)``; empty if the earlier ones are unknown."""
+    return [f"{name} {old} (here {new})" for name, old, new in _changed(before, now) if name.startswith(prefix)]
+
+
+def _changed(before: Mapping[str, str] | None, now: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """The settings that changed, each with its old and its new value."""
     if before is None:
         return []
-    names = sorted(name for name in before.keys() | now.keys() if name.startswith(prefix))
-    pairs = {name: (before.get(name, "null"), now.get(name, "null")) for name in names}
-    return [f"{name} {old} (here {new})" for name, (old, new) in pairs.items() if old != new]
+    names = sorted(before.keys() | now.keys())
+    every = [(name, before.get(name, "null"), now.get(name, "null")) for name in names]
+    return [(name, old, new) for name, old, new in every if old != new]
+
+
+def _planned(before: Mapping[str, str] | None, now: Mapping[str, str], steps: int | None) -> list[str]:
+    """The old values of changed settings of the learning-rate schedule that follow ``trainer.max_steps``.
+
+    Torch restores them with the schedule's state, so they cannot be changed when a fit is resumed.
+    """
+    of_schedule = [each for each in _changed(before, now) if each[0].startswith(_SCHEDULE)]
+    return [old for _, old, new in of_schedule if new == str(steps) and old.isdecimal()]
+
+
+def _other_length(path: Path, planned: str, steps: int | None) -> UserError:
+    reason = f"the learning-rate schedule of {path} ends at step {planned}, not at trainer.max_steps {steps}"
+    hint = (
+        f"resume with trainer.max_steps {planned}; or train longer in a new run from these weights: without "
+        f"--ckpt_path, with --model.start_from {path}"
+    )
+    return UserError("ckpt_path", reason=reason, hint=hint)
 
 
 def _listed(changes: list[str]) -> str:

@@ -175,7 +175,10 @@ class RunCLI(OpenCLI):
     def _take_up(self, checkpoint: Path) -> None:
         """Continue the run of a checkpoint, if it is the same run and no other process continues it."""
         found, logger = resume.about(checkpoint), mlflow_run(self.trainer)
-        same = resume.check_continues(checkpoint, found, self.settings, self.trainer.world_size)
+        steps = self.trainer.max_steps
+        same = resume.check_continues(checkpoint, found, self.settings, self.trainer.world_size, steps)
+        if 0 < steps <= found.step:
+            _log.info("%s is at trainer.max_steps %d, so there is nothing left to train", checkpoint, steps)
         if logger is not None and not (found.run and logger.continue_run(found.run, found.step, same)):
             return
         if self.trainer.is_global_zero and not claim(checkpoint.parent):
@@ -217,7 +220,8 @@ class RunCLI(OpenCLI):
                 options["ckpt_path"] = str(resume.named(expanded("ckpt_path", path)))
             return
         fit = self.subcommand == "fit"
-        found = resume.last(self._run_folders(root), self.settings, "" if fit else "model.backbone")
+        prefix, steps = ("", self.asked("trainer").max_steps) if fit else ("model.backbone", None)
+        found = resume.last(self._run_folders(root), self.settings, prefix, steps)
         if found is None and not fit:
             raise UserError("ckpt_path", reason=f"{resume.LAST} finds no checkpoint of this model under {root}")
         _log.info("ckpt_path: %s", found or "no checkpoint to resume from yet, so this is a new run")

@@ -13,6 +13,7 @@ from lrsa_lit.errors import UserError, message_of
 from lrsa_lit.models.checkpoint import spectra_in
 from lrsa_lit.tasks.trained_part import TrainedPart
 
+_LONGER = "or train longer in a new run that starts from its weights (model.start_from)"
 Built = TypeVar("Built")
 
 
@@ -50,7 +51,7 @@ def check_length(checkpoint: Mapping[str, Any], steps: int) -> None:
     for what, state in (*schedules, ("its sequence of phases is", spectra_in(checkpoint) or {})):
         if (planned := state.get("total_steps")) not in (None, steps):
             reason = f"{what} {planned} steps long and cannot be changed to max_steps={steps}"
-            raise UserError("ckpt_path", reason=f"{reason}; resume with max_steps={planned}")
+            raise UserError("ckpt_path", reason=f"{reason}; resume with max_steps={planned}", hint=_LONGER)
 
 
 def _built(field: str, build: Callable[[Any], Built], argument: Any) -> Built:
