@@ -48,6 +48,11 @@ def names_of(value: object) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def flags_of(modules: Iterable[str]) -> list[str]:
+    """The arguments with which a command imports these modules."""
+    return [part for name in modules for part in ("--plugins", name)]
+
+
 def load(modules: Iterable[str] = (), kinds: Iterable[str] = tuple(KINDS)) -> None:
     """Register the classes of modules that the user names, and those of ``kinds`` from installed packages.
 

@@ -21,6 +21,7 @@ from lrsa_lit.cli.main import main
 from lrsa_lit.errors import UserError
 from lrsa_lit.models import Backbone, LoRA
 from lrsa_lit.models.checkpoint import describe, trained_weights
+from lrsa_lit.models.generation_code import INSTALL
 from lrsa_lit.models.tiny import tiny_model
 from lrsa_lit.tracking.evaluation_run import EvaluationRun
 
@@ -98,6 +99,8 @@ def test_a_card_without_a_run_says_so(run, checkpoint, capfd):
 def test_each_code_block_of_a_card_runs(checkpoint, capfd):
     main(["export", checkpoint(), "--out", "model", "--card"])
     _, body = card_of()
+    assert INSTALL in body
+    assert "pypi.org" not in body
     blocks = [block.split("```")[0] for block in body.split("```python\n")[1:]]
     assert len(blocks) == 2
     namespace = {}
@@ -185,7 +188,7 @@ def test_without_the_package_one_line_names_it(checkpoint, capfd, tmp_path):
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
     assert done.stderr.splitlines()[-1] == (
-        "ImportError: decoding under this model's rule needs the package lrsa-lit: pip install lrsa-lit"
+        f"ImportError: decoding under this model's rule needs the package lrsa-lit ({INSTALL})"
     )
 
 

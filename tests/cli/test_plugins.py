@@ -45,7 +45,14 @@ def test_a_class_of_ones_own_is_trained_resumed_evaluated_exported_and_asked(exa
     main(["test", *RUN, "--ckpt_path", first])
     main(["predict", *RUN, "--ckpt_path", first])
     assert len(next((tmp_path / "runs").rglob("predictions.jsonl")).read_text().splitlines()) == 2
-    main(["export", first, "--out", "model", "--plugins", "key_norm"])
+    # The printed commands and those of the card name the modules without which the model is refused.
+    modules = "--plugins key_norm --plugins z_loss --plugins table_cells"
+    assert capfd.readouterr().out.count(f"Ask it: lrsa ask {modules} --model ") == 2
+    main(["export", first, "--out", "model", "--plugins", "key_norm", "--card"])
+    assert "Ask it: lrsa ask --plugins key_norm --model model " in capfd.readouterr().out
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "lrsa ask --plugins key_norm --model model " in card
+    assert "import key_norm\n" in card
     stored = json.loads((tmp_path / "model/config.json").read_text())["lrsa"]["compressor"]
     assert stored == {"class_path": "key_norm.KeyNorm", "init_args": {"order": 1.0}}
     capfd.readouterr()

@@ -210,5 +210,5 @@ def test_the_test_of_a_resumed_fit_takes_its_last_checkpoint(capfd):
 
 
 def test_questions_of_a_fit_with_plugins_need_them_too(capfd):
-    show_next("new.ckpt", ["--plugins", "one", "-c", "a.yaml", "--plugins=two"], tests=False)
-    assert capfd.readouterr().out == "Ask it: lrsa ask --plugins one --plugins=two --model new.ckpt report.txt\n"
+    show_next("new.ckpt", ["-c", "a.yaml"], tests=False, modules=["one", "two"])
+    assert capfd.readouterr().out == "Ask it: lrsa ask --plugins one --plugins two --model new.ckpt report.txt\n"

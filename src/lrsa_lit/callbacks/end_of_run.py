@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import shlex
 from abc import ABC, abstractmethod
@@ -13,6 +12,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 
+from lrsa_lit import plugins
 from lrsa_lit.callbacks.filter_table import filter_tables
 from lrsa_lit.callbacks.writers import LineWriter
 from lrsa_lit.checkpoints.form import check_form
@@ -209,7 +209,15 @@ def show_answers(trainer: Trainer) -> None:
     _show_run(trainer, console)
 
 
-def show_next(checkpoint: str, arguments: Sequence[str], *, tests: bool, rewrites: str = "", asks: bool = True) -> None:
+def show_next(
+    checkpoint: str,
+    arguments: Sequence[str],
+    *,
+    tests: bool,
+    rewrites: str = "",
+    asks: bool = True,
+    modules: Sequence[str] = (),
+) -> None:
     """Print commands for the next steps with a fit's checkpoint: a test, and questions about a text.
 
     For a model trained on pairs of rewritings, the command summarises passages instead of asking questions.
@@ -220,17 +228,18 @@ def show_next(checkpoint: str, arguments: Sequence[str], *, tests: bool, rewrite
         tests: whether the data set has a test split.
         rewrites: the model's source if it was trained on pairs of rewritings; otherwise "".
         asks: whether ``lrsa ask`` accepts the checkpoint.
+        modules: the plugins of the fit, without which a checkpoint with one of their classes is refused.
     """
-    console = PlainConsole()
+    console, needed = PlainConsole(), plugins.flags_of(modules)
     if tests:
         again = [*_without(arguments, "--ckpt_path"), "--ckpt_path", checkpoint]
         console.say(f"Test it: {redacted(shlex.join(['lrsa', 'test', *again]))}")
     if rewrites:
         of_data = ["--model.backbone.source", rewrites, "--config", "configs/data/hotpotqa.yaml"]
-        summarise = ["lrsa", "summarise", "--writer", checkpoint, "--to", "summaries.jsonl", *of_data]
+        summarise = ["lrsa", "summarise", *needed, "--writer", checkpoint, "--to", "summaries.jsonl", *of_data]
         console.say(f"Summarise passages with it: {shlex.join(summarise)}")
     elif asks:
-        ask = ["lrsa", "ask", *_of_flag(arguments, "--plugins"), "--model", checkpoint, "report.txt"]
+        ask = ["lrsa", "ask", *needed, "--model", checkpoint, "report.txt"]
         console.say(f"Ask it: {shlex.join(ask)}")
 
 
@@ -241,12 +250,6 @@ def _without(arguments: Sequence[str], flag: str) -> list[str]:
         position = kept.index(flag)
         del kept[position : position + 2]
     return [argument for argument in kept if not argument.startswith(f"{flag}=")]
-
-
-def _of_flag(arguments: Sequence[str], flag: str) -> list[str]:
-    """A flag with its values, as often as it is given."""
-    apart = [part for pair in itertools.pairwise(arguments) if pair[0] == flag for part in pair]
-    return [*apart, *(argument for argument in arguments if argument.startswith(f"{flag}="))]
 
 
 def _evaluation_tables(

@@ -83,7 +83,8 @@ def run(arguments: Sequence[str]) -> None:
     console.say(f"{kind} of {options.checkpoint} in {options.out}")
     if options.push is not None:
         console.say(f"Pushed: {upload(options.out, options.push, private=options.private)}")
-    console.say(f"Ask it: {shlex.join(['lrsa', 'ask', '--model', str(options.out), 'report.txt'])}")
+    ask = ["lrsa", "ask", *plugins.flags_of(options.plugins), "--model", str(options.out), "report.txt"]
+    console.say(f"Ask it: {shlex.join(ask)}")
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -152,6 +153,7 @@ def _card(trained: Trained, options: argparse.Namespace) -> Card:
         facts,
         options.license or license_of(trained.backbone.source),
         adapters=options.adapters,
+        plugins=tuple(options.plugins),
     )
 
 

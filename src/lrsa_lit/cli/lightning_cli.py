@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from omegaconf.errors import OmegaConfBaseException
 from torch.optim.lr_scheduler import LRScheduler
 
+from lrsa_lit import plugins
 from lrsa_lit.analysis.gates import GatesRecord
 from lrsa_lit.callbacks import show_answers, show_evaluation, show_next
 from lrsa_lit.classes import Kinds
@@ -141,7 +142,8 @@ class LRSACLI(RunCLI):
         """Print the commands for the test and for questions about a text."""
         rewrites = self.model.backbone.source if self.datamodule.rejects else ""
         further = {"tests": "test" in self.datamodule.splits(), "asks": self.model.digests is None}
-        show_next(checkpoint, arguments, rewrites=rewrites, **further)
+        modules = plugins.names_of(self.asked("plugins"))
+        show_next(checkpoint, arguments, rewrites=rewrites, modules=modules, **further)
 
     def after_validate(self) -> None:
         """Print the scores of each part of the data."""

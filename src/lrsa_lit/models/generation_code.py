@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 FOLDER = "custom_generate"
+INSTALL = "it is on no package registry: `pip install` its wheel, or `pip install .` in its repository"
+"""How others install this package: text for messages and model cards."""
 
-_CODE = '''\
+_CODE = f'''\
 """Decodes under the rule in config.json, from a compressed cache (Lag-Relative Sparse Attention)."""
 
 
@@ -15,7 +17,8 @@ def generate(*inputs, model, **arguments):
     try:
         from lrsa_lit.attention import generate_under_rule
     except ImportError:
-        raise ImportError("decoding under this model's rule needs the package lrsa-lit: pip install lrsa-lit") from None
+        needs = "decoding under this model's rule needs the package lrsa-lit"
+        raise ImportError(f"{{needs}} ({INSTALL})") from None
     return generate_under_rule(model, *inputs, **arguments)
 '''
 

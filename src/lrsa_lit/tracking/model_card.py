@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,9 @@ import yaml
 from lrsa_lit.attention import LRSAConfig, cache_share
 from lrsa_lit.errors import UserError
 from lrsa_lit.models.checkpoint import Trained
-from lrsa_lit.models.generation_code import FOLDER
+from lrsa_lit.models.generation_code import FOLDER, INSTALL
 from lrsa_lit.paths import PACKAGE_SCHEME
+from lrsa_lit.plugins import flags_of
 from lrsa_lit.tracking.run_facts import RunFacts
 
 _LENGTHS = (1024, 4096, 16384, 65536)
@@ -31,6 +33,7 @@ class Card:
         facts: what the store knows of the run; None if it knows nothing.
         license: an identifier of the hub, such as apache-2.0; None where nobody has said.
         adapters: whether the folder holds adapters alone.
+        plugins: modules with classes of the rule that are not in this package.
     """
 
     trained: Trained
@@ -38,6 +41,7 @@ class Card:
     facts: RunFacts | None = None
     license: str | None = None
     adapters: bool = False
+    plugins: tuple[str, ...] = ()
 
     @property
     def rule(self) -> LRSAConfig | None:
@@ -70,7 +74,7 @@ class Card:
         rule = self.rule
         title = f"# {self.name.rpartition('/')[2]}\n\n{kind}, fine-tuned from `{self._base}`"
         if rule is None:
-            return f"{title} with dense attention, by [lrsa-lit](https://pypi.org/project/lrsa-lit/).\n"
+            return f"{title} with dense attention, by lrsa-lit.\n"
         if rule.system is not None:
             return f"{title} under the KV-cache system {type(rule.system).__name__}.\n"
         return (
@@ -133,12 +137,11 @@ class Card:
         yield "\n".join(lines)
 
     def _loading(self) -> str:
-        asked = f'lrsa ask --model {self.name} report.txt "What is the main result?"'
-        lines = [
-            "## How to load it\n",
-            "With [lrsa-lit](https://pypi.org/project/lrsa-lit/) (`pip install lrsa-lit`):\n",
-        ]
-        lines += ["```bash", asked, "```\n"]
+        ask = ["lrsa", "ask", *flags_of(self.plugins), "--model", self.name, "report.txt", "What is the main result?"]
+        lines = ["## How to load it\n", f"With lrsa-lit ({INSTALL}):\n", "```bash", shlex.join(ask), "```\n"]
+        if self.plugins:
+            names = ", ".join(f"`{name}`" for name in self.plugins)
+            lines.append(f"The rule uses classes of {names}, which must be importable.\n")
         if self.adapters:
             lines += ["The adapters alone, with `peft`:\n", *_code(
                 "from peft import AutoPeftModelForCausalLM", "",
@@ -159,7 +162,7 @@ class Card:
             return "\n".join([*lines, "Without it, as any other model:\n", *_code(*load, "model.generate(**inputs)")])
         call = f'model.generate(**inputs, custom_generate="{self.name}", trust_remote_code=True, max_new_tokens=128)'
         lines += [f"In `transformers`, where `{FOLDER}/generate.py` decodes under the rule through lrsa-lit:\n"]
-        lines += _code(*load, call)
+        lines += _code(*(f"import {name}" for name in self.plugins), *load, call)
         lines += ["Without lrsa-lit the same model attends densely, and keeps its whole cache:\n"]
         lines += _code("model.generate(**inputs, max_new_tokens=128)")
         return "\n".join(lines)
