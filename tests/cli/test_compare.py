@@ -255,6 +255,15 @@ def test_bad_input_is_one_line(arguments, said, capfd):
     assert refusal(capfd, *COMPARE, *arguments).startswith(said)
 
 
+def test_a_mistake_in_a_data_set_names_its_argument(capfd):
+    data = yaml.safe_load(Path("qa.yaml").read_text())
+    data["data"]["init_args"]["batch_size"] = 0
+    Path("qa.yaml").write_text(yaml.safe_dump(data))
+    said = refusal(capfd, *COMPARE, "--systems", "KeyNorm")
+    assert said.startswith("data_sets.qa.init_args.batch_size: 0 is not allowed")
+    assert "Namespace" not in said
+
+
 def test_a_budget_is_a_number(capfd):
     for flag, kind in (("budget", "float"), ("cache_tokens", "int")):
         said = refusal(capfd, "test", *DEBUG, *NO_LOGGER, f"--{flag}", "true")

@@ -69,6 +69,8 @@ _UNKNOWN_OPTION = re.compile(
 # A class may also be given as a file, which jsonargparse mentions before the mistake itself.
 _NO_FILE = re.compile(r"(?:\\n|- )*Expected a path but (.*?) either not accessible or invalid(?:\\n|[- ])*(?=[^\s(])")
 _OF_CLASS = re.compile(r'^Parser key "(.+?)": (?:- )*(\w+: .*?)(?: \(given: \{.*\}\))?$')
+# The parser of a single class has no key before the mistake.
+_OF_ONE_CLASS = re.compile(r"^(?:- )+(\w+: .*) \(given: Namespace\(class_path=.*\)\)$")
 _NO_CLASS = re.compile(r"Expected a dot import path string: ([^\s,)]+)")
 _UNION_PREAMBLE = re.compile(r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: ")
 _UNION_EPILOGUE = re.compile(r" Given value type: .*? Given value: (?:NestedArg\(key='(.*?)', val=(.*)\)|(.*))$")
@@ -112,6 +114,7 @@ def one_line(message: str) -> str:
     of_class = "init_args" in text
     text = _NO_FILE.sub("", text)
     text = _OF_CLASS.sub(r"\1.init_args.\2", text) if of_class else text
+    text = _OF_ONE_CLASS.sub(r"init_args.\1", text)
     known = "is not a known class; --plugins MODULE (in YAML, plugins: [MODULE]) adds your own classes"
     text = _NO_CLASS.sub(rf"\1 {known}", text)
     text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
