@@ -5,12 +5,14 @@ Files never cause imports of user modules: a class named by a checkpoint or a co
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import keyword
 import sys
 from collections.abc import Iterable, Iterator
 from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple, TypeGuard
 
@@ -64,14 +66,26 @@ def load(modules: Iterable[str] = (), kinds: Iterable[str] = tuple(KINDS)) -> No
         for kind in KINDS:
             for found in _classes_in(module, kind):
                 _add(kind, found, name)
-    points = metadata.entry_points()
     for kind in kinds:
-        for point in points.select(group=f"lrsa_lit.{kind}"):
+        for point in points(kind):
             origin = f"{point.value} of {point.dist.name if point.dist else 'a package'}"
             named = getattr(_imported(point.module, origin), point.attr, None)
             if not _is_of(named, kind) or named.__name__ != point.name:
                 raise UserError("plugins", reason=f"{origin} is not a {KINDS[kind].title} named {point.name}")
             _add(kind, named, origin)
+
+
+def points(kind: str) -> metadata.EntryPoints:
+    """The entry points by which installed packages register classes of a kind."""
+    folders = [Path(folder).absolute() for folder in sys.path]
+    state = tuple((folder, folder.stat().st_mtime_ns) for folder in folders if folder.is_dir())
+    return _points(state).select(group=f"lrsa_lit.{kind}")
+
+
+@functools.lru_cache(maxsize=1)
+def _points(_: tuple[tuple[Path, int], ...]) -> metadata.EntryPoints:
+    """All entry points. A file of each package is read, so only after the folders of ``sys.path`` have changed."""
+    return metadata.entry_points()
 
 
 def registered(kind: str) -> dict[str, type]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,12 @@ def _count(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
     return total
 
 
+@functools.lru_cache(maxsize=32)
+def _loaded(text: str) -> Any:
+    """The content of YAML text, not to be changed; a command reads each of its config files several times."""
+    return yaml.load(text, _Loader)
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, which must be UTF-8.
 
@@ -77,7 +85,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     try:
         _check_size(path)
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = copy.deepcopy(_loaded(path.read_text(encoding="utf-8")))
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{line}", reason=str(error.problem)) from None
@@ -104,7 +112,7 @@ def check_bounds(key: str, text: str | Path) -> None:
         if isinstance(text, Path):
             _check_size(text)
             text = text.read_text(encoding="utf-8")
-        yaml.load(text, _Loader)
+        _loaded(text)
     except _Refused as error:
         raise UserError(key, reason=str(error.problem)) from None
     except RecursionError:

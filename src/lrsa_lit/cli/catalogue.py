@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +118,7 @@ def added(kind: str) -> dict[str, str]:
     """
     if kind == "callbacks":
         return dict.fromkeys(source_text.exported(_LIGHTNING), _LIGHTNING)
-    points = metadata.entry_points(group=f"lrsa_lit.{kind}")
-    return {point.name: f"from {point.value}" for point in points} | {
+    return {point.name: f"from {point.value}" for point in plugins.points(kind)} | {
         name: (found.__doc__ or "").strip().partition("\n")[0] for name, found in plugins.added(kind).items()
     }
 

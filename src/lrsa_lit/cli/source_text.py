@@ -13,6 +13,7 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 _ARGUMENT = re.compile(r"^ {4}(\w+): ", re.MULTILINE)
@@ -135,9 +136,10 @@ def _defined(node: ast.stmt) -> list[str]:
     return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
-def settings(path: str) -> dict[str, Setting]:
+@functools.cache
+def settings(path: str) -> Mapping[str, Setting]:
     """The arguments of a class by name, inherited ones after its own."""
-    return _settings(lineage(path))
+    return MappingProxyType(_settings(lineage(path)))
 
 
 def _settings(line: tuple[Found, ...]) -> dict[str, Setting]:
