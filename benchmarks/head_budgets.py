@@ -29,7 +29,7 @@ from records import RESULTS
 from timing import GRAPHED, inputs, median, times
 
 from lrsa_lit.attention.decoding.decoder import _FilledLengths, _GroupedMemory, _LayerMemory, _Places
-from lrsa_lit.ops.sparse_attention import GroupedStream, HeadRules, KeyValueStream, Recency, Rule, sparse_attention
+from lrsa_lit.ops.sparse_attention import GroupedStream, HeadRules, KeyValueStream, RandomTokens, Rule, sparse_attention
 
 BAR = 1.05
 Rules = Rule | HeadRules
@@ -50,10 +50,10 @@ def budgets(heads: int, lag: int, kept: int) -> dict[str, tuple[int, ...]]:
 
 
 def gate(rules: Sequence[HeadRules], shape: Sequence[int]) -> bool:
-    """Outputs and gradients at 2,049 tokens, by recency: scores may keep other tokens in other dtypes."""
+    """Outputs and gradients at 2,049 tokens, at random: scores may keep other tokens in other dtypes."""
     *tensors, gradient = inputs(*shape, 2049)
     for each in rules:
-        rule, results = HeadRules(each.common.replace(compressor=Recency()), each.top_k), []
+        rule, results = HeadRules(each.common.replace(compressor=RandomTokens()), each.top_k), []
         for impl, dtype in (("eager", torch.float64), ("eager", torch.bfloat16), ("triton", torch.bfloat16)):
             leaves = [tensor.to(dtype).requires_grad_() for tensor in tensors]
             output = sparse_attention(*leaves, rule, impl=impl)

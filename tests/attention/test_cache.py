@@ -6,7 +6,7 @@ from helpers import refused
 from transformers import StaticCache
 
 from lrsa_lit.attention import LRSACache, cache_argument, disable, enable, using
-from lrsa_lit.ops.sparse_attention import stored_size
+from lrsa_lit.ops.sparse_attention import KeyValueStream, eager, stored_size
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +85,42 @@ def test_left_padded_rows_get_what_each_gets_alone(sizes, model, tokens, rule):
         close(logits[row, None, starts[row] :], model(sequence, use_cache=False).logits)
     assert logits.isfinite().all()
     assert cache.stored_tokens() == [sum(stored_size(length, rule.rule) for length in LENGTHS)] * 3, "no pad is stored"
+
+
+@pytest.mark.parametrize("pads", ["left", "right"])
+def test_rows_of_a_first_call_are_compressed_and_attended_to_together(pads, tiny, tokens, rule, monkeypatch):
+    """Also a row of one token, one shorter than the sinks, and one of pads alone."""
+    lengths, calls = [90, 1, 33, 0, 7], []
+    config = rule.replace(sink_size=9, dense_layers=(1,))
+    model = enable(tiny("Llama", dtype=torch.float32), config)
+    sequences = [tokens(1, length, seed=length) for length in lengths]
+    ids, mask = torch.full((5, 90), 33), torch.zeros(5, 90, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        place = slice(90 - length, 90) if pads == "left" else slice(0, length)
+        ids[row, place], mask[row, place] = sequences[row][0], 1
+    together, step = eager.forward_and_compact, KeyValueStream.attend
+    monkeypatch.setattr(
+        eager, "forward_and_compact", lambda *a, **b: calls.append(b["boundaries"]) or together(*a, **b)
+    )
+    monkeypatch.setattr(KeyValueStream, "attend", None)
+    cache = LRSACache(config, 3)
+    logits = feed(model, cache, ids, [90], mask)
+    assert calls == [[0, 90, 91, 124, 131]] * 3, "one for each layer"
+    monkeypatch.setattr(KeyValueStream, "attend", step)
+    more = tokens(5, 3, seed=1)
+    later = feed(model, cache, more, [3])
+    for row, sequence in enumerate(sequences):
+        alone = LRSACache(config, 3)
+        if lengths[row]:
+            place = slice(90 - lengths[row], 90) if pads == "left" else slice(0, lengths[row])
+            wanted = feed(model, alone, sequence, [lengths[row]])
+            torch.testing.assert_close(logits[row, None, place], wanted, rtol=0, atol=1e-4)
+        wanted = feed(model, alone, more[row, None], [3])
+        torch.testing.assert_close(later[row, None], wanted, rtol=0, atol=1e-4)
+        for layer, other in zip(cache.layers, alone.layers, strict=True):
+            (mine,), (theirs,) = layer.streams[row].parts, other.streams[0].parts
+            for got, pair in zip(mine.stored, theirs.stored, strict=True):
+                torch.testing.assert_close(got, pair, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
@@ -20,6 +21,8 @@ from lrsa_lit.ops.sparse_attention import (
     Rule,
     Stream,
     attended_pairs,
+    can_start_together,
+    start_together,
     stored_size,
 )
 
@@ -44,6 +47,9 @@ class Past(NamedTuple):
 
 class LRSACacheLayer(CacheLayerMixin):
     """One layer: a single stream while all rows have the same length, else one stream per row.
+
+    In the first call, rows of unequal lengths are compressed and attended to together, as packed sequences. Later
+    calls, systems, latents and compressors that take scores go row by row.
 
     In each call, the attention must call :meth:`update` once with its new tokens and then :meth:`attend` once. Stock
     attention attends by itself and calls :meth:`update` only. Any other order is refused.
@@ -76,7 +82,7 @@ class LRSACacheLayer(CacheLayerMixin):
         self._columns = self._token_bytes = 0
         self._step: Literal["idle", "begun", "given", "storing"] = "idle"
         self._given: tuple[torch.Size, torch.Size] | None = None
-        self._spans: tuple[tuple[int, int], ...] | None = None
+        self._layout = Layout()
 
     def begin(self, layout: Layout | None, batch: int, impl: Impl) -> None:
         """Prepare for new columns of ``batch`` rows; the layout says which columns are real."""
@@ -86,10 +92,10 @@ class LRSACacheLayer(CacheLayerMixin):
         elif batch != self.rows:
             raise UserError("cache", reason=f"it holds {self.rows} rows and cannot continue {batch}; make a new one")
         self._step, self.stock = "begun", layout is None
-        self._spans = None if layout is None else layout.row_spans
+        self._layout = Layout() if layout is None else layout
         if self.stock and len(self.streams) > 1:
             raise UserError("cache", reason="its rows have unequal lengths, which stock attention cannot continue")
-        if self._spans is not None and len(set(self._spans)) > 1:
+        if self._layout.row_spans is not None and len(set(self._layout.row_spans)) > 1:
             self.split()
 
     def split(self) -> None:
@@ -155,9 +161,13 @@ class LRSACacheLayer(CacheLayerMixin):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         whole = (0, query.shape[2])
-        spans = self._spans or [whole] * self.rows
+        spans = self._layout.row_spans or [whole] * self.rows
         if len(self.streams) == 1 and spans[0] == whole:
             return self._attend_of(self.streams[0])(query, key, value, scale)
+        if self._layout.real is not None and len(self.streams) > 1 and not self.probing:
+            new = [stream for stream, (start, stop) in zip(self.streams, spans, strict=True) if start < stop]
+            if can_start_together(new):
+                return self._layout.apply(functools.partial(_start, new, scale), query, key, value)
         output = torch.zeros_like(query)
         for row, stream in enumerate(self.streams):
             rows = slice(None) if len(self.streams) == 1 else slice(row, row + 1)
@@ -310,6 +320,13 @@ class LRSACacheLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> NoReturn:
         """Refused: dropped tokens cannot come back."""
         raise UserError("cache", reason="LRSACache cannot be cropped, as assisted decoding needs; use a dense cache")
+
+
+def _start(
+    streams: Sequence[Stream], scale: float, query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor | None
+) -> Tensor:
+    assert cu_seqlens is not None
+    return start_together(streams, query, key, value, cu_seqlens.tolist(), scale)
 
 
 def _stored_tokens(stream: Stream) -> float:

@@ -27,6 +27,7 @@ from lrsa_lit.ops.sparse_attention.compressors import (
     ValueRelative,
     ValueWeighted,
 )
+from lrsa_lit.ops.sparse_attention.first_call import can_start_together, start_together
 from lrsa_lit.ops.sparse_attention.geometry import (
     attended_pairs,
     checked_boundaries,
@@ -88,6 +89,7 @@ __all__ = [
     "ValueWeighted",
     "attended_pairs",
     "bare_keys",
+    "can_start_together",
     "checked_boundaries",
     "choice",
     "compressed_at",
@@ -100,6 +102,7 @@ __all__ = [
     "select",
     "spans",
     "sparse_attention",
+    "start_together",
     "stored_queries",
     "stored_size",
     "tensor_of_heads",

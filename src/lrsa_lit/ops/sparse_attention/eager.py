@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lrsa_lit.ops.sparse_attention.buffer import Pair
+from lrsa_lit.ops.sparse_attention.buffer import Pair, joined
 from lrsa_lit.ops.sparse_attention.geometry import Span, compact_size, raw_start, spans
 from lrsa_lit.ops.sparse_attention.rule import Rule
 from lrsa_lit.ops.sparse_attention.selection import Selection, compact_buffer, compress, of_sequence, select
 
-__all__ = ["attend", "attend_one", "compress", "forward", "select"]
+__all__ = ["attend", "attend_one", "compress", "forward", "forward_and_compact", "select"]
 
 
 def forward(
@@ -26,15 +26,26 @@ def forward(
     boundaries: Sequence[int], scale: float, selection: Selection | None
 ) -> Tensor:  # fmt: skip
     """Run the operator on one packed sequence after another; the arguments of ``api.sparse_attention``, checked."""
+    return forward_and_compact(query, key, value, rule, boundaries=boundaries, scale=scale, selection=selection)[0]
+
+
+def forward_and_compact(
+    query: Tensor, key: Tensor, value: Tensor, rule: Rule, *,
+    boundaries: Sequence[int], scale: float, selection: Selection | None = None
+) -> tuple[Tensor, Pair]:  # fmt: skip
+    """:func:`forward`, and the compact buffer (B, H, M, D) of one sequence after another, S + K P rows each."""
     offset = key.shape[2] - query.shape[2]
-    outputs = []
+    outputs, buffers = [], []
     for index, (start, stop) in enumerate(itertools.pairwise(boundaries)):
         raw = key[:, :, start:stop], value[:, :, start:stop]
         chosen = None if selection is None else of_sequence(selection, rule, boundaries, index)
         queries = query[:, :, start : stop - offset]
         compact = compact_buffer(*raw, rule, chosen, queries)
         outputs.append(attend(queries, compact, raw, rule, scale=scale, query_offset=offset))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+        buffers.append(compact)
+    if len(outputs) == 1:
+        return outputs[0], buffers[0]
+    return torch.cat(outputs, dim=2), joined(*buffers)
 
 
 def attend(

@@ -153,6 +153,23 @@ class KeyValueStream(Stream):
         self.seen, self.partitions = seen, compressed_at(seen - 1, self.rule)
         self._restore(held)
 
+    def start(self, compact: Pair, raw: Pair, query: Tensor) -> None:
+        """Store the first N tokens, which were compressed and attended to elsewhere; self must be empty.
+
+        Args:
+            compact: the sinks and kept pairs that the last token sees, keys and values (B, H, S + K P, D).
+            raw: all N tokens, (B, H, N, D).
+            query: their queries (B, Hq, N, D).
+        """
+        seen = raw[0].shape[2]
+        self.partitions = compressed_at(seen - 1, self.rule)
+        first, buffer = raw_start(self.partitions, self.rule), self._store_for(*raw)
+        buffer.reserve(stored_size(seen, self.rule))
+        buffer.append(compact)
+        buffer.append((raw[0][:, :, first:], raw[1][:, :, first:]))
+        self._remember(query)
+        self.seen = seen
+
     @property
     def settled(self) -> int:
         """How many of the first :attr:`held` rows never change: the compact rows, or all if everything is kept."""

@@ -30,7 +30,7 @@ from lrsa_lit.ops.sparse_attention.triton.host_functions import Inputs, positive
 from lrsa_lit.ops.sparse_attention.triton.resample_kernel import compress_frequencies
 from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, partition_starts, partitions
 
-__all__ = ["attend", "attend_one", "compress", "forward", "select", "unsupported"]
+__all__ = ["attend", "attend_one", "compress", "forward", "forward_and_compact", "select", "unsupported"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -55,19 +55,28 @@ def forward(
 ) -> Tensor:  # fmt: skip
     """The operator; the arguments are those of ``eager.forward``."""
     if not torch.compiler.is_compiling():
-        return _forward(query, key, value, rule, boundaries, scale, selection)
+        return _forward(query, key, value, rule, boundaries, scale, selection)[0]
     rule_tensor = tensor_of_rule(rule)
     if selection is None and rule_tensor is not None and query.shape[2] == key.shape[2]:
         cu_seqlens = None if len(boundaries) == 2 else torch.tensor(boundaries, dtype=torch.int32, device="cpu")
         return traced_attention(query, key, value, rule_tensor, cu_seqlens, scale)
-    output: Tensor = _untraced_forward(query, key, value, rule, boundaries, scale, selection)
+    output: Tensor = _untraced_forward(query, key, value, rule, boundaries, scale, selection)[0]
     return output
+
+
+def forward_and_compact(
+    query: Tensor, key: Tensor, value: Tensor, rule: Rule, *,
+    boundaries: Sequence[int], scale: float, selection: Selection | None = None
+) -> tuple[Tensor, Pair]:  # fmt: skip
+    """The operator, and the compact buffer that it attended to; as ``eager.forward_and_compact``."""
+    output, compact = _untraced_forward(query, key, value, rule, boundaries, scale, selection)
+    return output, compact
 
 
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, rule: Rule, boundaries: Sequence[int], scale: float,
     selection: Selection | None
-) -> Tensor:  # fmt: skip
+) -> tuple[Tensor, Pair]:  # fmt: skip
     geometry = Geometry.of(rule, boundaries, queries_from=key.shape[2] - query.shape[2])
     if isinstance(rule.compressor, Selector) and (selection is not None or not _trains_choice(rule, query, key, value)):
         with torch.no_grad():
@@ -89,7 +98,7 @@ def _forward(
                 for part, queries in zip(rows, in_pytorch.queries_of(query, key, boundaries), strict=True)
             )
         )
-    return _attend(Inputs(query, key, value, *compact), ranks, geometry, scale)
+    return _attend(Inputs(query, key, value, *compact), ranks, geometry, scale), (compact[0], compact[1])
 
 
 def _trains_choice(rule: Rule, *tensors: Tensor) -> bool:
