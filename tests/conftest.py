@@ -49,7 +49,14 @@ def pytest_configure(config):
 def migrated_store():
     """MLflow makes the tables of one new SQLite store, by a second of migrations; those of the next are copies."""
     from mlflow.store.db import utils
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
 
+    def unflushed(connection, _):
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous = OFF").close()
+
+    event.listen(Engine, "connect", unflushed)
     with pytest.MonkeyPatch.context() as patch, contextlib.closing(sqlite3.connect(":memory:")) as tables:
         migrate = utils._initialize_tables
 
@@ -68,6 +75,16 @@ def migrated_store():
                     store.backup(tables)
 
         patch.setattr(utils, "_initialize_tables", initialize)
+        yield
+    event.remove(Engine, "connect", unflushed)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _unflushed_files():
+    """No test cuts the power: what is written outlives its process without the disk, which takes milliseconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        # An error for a closed file.
+        patch.setattr(os, "fsync", lambda file: os.fstat(file if isinstance(file, int) else file.fileno()) and None)
         yield
 
 
@@ -99,6 +116,30 @@ def pytest_runtest_teardown(item):
 def _hastened_interpreter():
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET"):
         hasten()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _published_questions():
+    """HotpotQA's file is read and checked once: 45 MB of JSON take two seconds, each time."""
+    homes = [sys.modules.get(f"lrsa_lit.data.{name}") for name in ("hotpotqa", "needle", "supporting_facts")]
+    if None in homes:
+        yield
+        return
+    read, known = homes[0].load_questions, {}
+
+    def load_questions(source=homes[0].SOURCE, sha256=homes[0].SHA256, key=""):
+        if (source, sha256) != (homes[0].SOURCE, homes[0].SHA256):
+            return read(source, sha256, key)
+        if not known:
+            known[source] = read(source, sha256, key)
+            gc.freeze()
+        # What a test does to the list stays its own.
+        return [*known[source]]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for home in homes:
+            patch.setattr(home, "load_questions", load_questions)
+        yield
 
 
 def pytest_collection_modifyitems(config, items):
