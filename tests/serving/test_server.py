@@ -297,5 +297,7 @@ def test_it_ends_what_it_answers_when_it_is_told_to_end(server, model):
     text = "".join(choice.delta.content or "" for chunk in (first, *stream) for choice in chunk.choices)
     assert text == text_alone(model, "To the end", 100)
     assert server.process.wait() == 0, server.log.read_text()
-    assert "Traceback" not in server.log.read_text()
+    log = server.log.read_text()
+    assert "Traceback" not in log
+    assert log.count("INFO     Stopping: 1 request still to be answered, for at most 30 s; no more are accepted\n") == 1
     assert server.get("/health")[0] == 0

@@ -324,6 +324,7 @@ class ChatSpec(OpenAISpec):  # type: ignore[misc]
             self._watching = asyncio.create_task(self._watch())
         uid = one.job.uid
         self._answering[uid] = one
+        self._shared.began()
         item = self.response_queue_id, uid, time.monotonic(), one.job
         await asyncio.to_thread(self.request_queue.put, item)
 
@@ -339,6 +340,7 @@ class ChatSpec(OpenAISpec):  # type: ignore[misc]
         """Remove a request. If it is still running, cancel its job, which frees its rows."""
         if self._answering.pop(one.job.uid, None) is None:
             return
+        self._shared.ended()
         self._seconds = 0.9 * self._seconds + 0.1 * (time.monotonic() - one.began)
         if one.running:
             self._shared.cancel(one.job.uid)

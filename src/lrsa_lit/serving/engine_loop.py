@@ -32,19 +32,21 @@ class Shared:
 
     Attributes:
         waiting: the number of requests that no worker has taken yet.
+        answering: the number of requests that have been accepted and are not answered yet, waiting ones included.
         cancelled: for each worker, the ids of jobs whose clients have left.
         pids: the process ids of the workers; 0 for a worker that is not ready.
     """
 
     workers: int
     waiting: Synchronized[int] = field(init=False)
+    answering: Synchronized[int] = field(init=False)
     cancelled: list[Queue[str]] = field(init=False)
     pids: Any = field(init=False)
 
     def __post_init__(self) -> None:
         # LitServe starts its workers with "spawn".
         context = multiprocessing.get_context("spawn")
-        self.waiting = context.Value("i", 0)
+        self.waiting, self.answering = context.Value("i", 0), context.Value("i", 0)
         self.cancelled = [context.Queue() for _ in range(self.workers)]
         self.pids = context.Array("i", self.workers)
 
@@ -60,6 +62,16 @@ class Shared:
         """Count one waiting request less, because a worker has taken it."""
         with self.waiting.get_lock():
             self.waiting.value -= 1
+
+    def began(self) -> None:
+        """Count one more request that is being answered."""
+        with self.answering.get_lock():
+            self.answering.value += 1
+
+    def ended(self) -> None:
+        """Count one request less that is being answered."""
+        with self.answering.get_lock():
+            self.answering.value -= 1
 
     @property
     def bereaved(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -19,6 +20,7 @@ from lrsa_lit.serving.engine import Limits
 from lrsa_lit.serving.engine_loop import Shared
 from lrsa_lit.serving.serving_api import Load, ServingAPI
 
+_log = logging.getLogger(__name__)
 _MOST_BODY = 64 << 20
 
 
@@ -46,7 +48,7 @@ def serve(load: Load, front: Front, limits: Limits, address: Address, devices: l
     )
     server.uvicorn_graceful_timeout = address.drain
     add_handlers(server.app)
-    with _ended_by_sigterm():
+    with _ended_by_signals(shared, address.drain):
         try:
             server.run(
                 host=address.host,
@@ -64,25 +66,39 @@ def serve(load: Load, front: Front, limits: Limits, address: Address, devices: l
 
 
 @contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
+def _ended_by_signals(shared: Shared, drain: int) -> Iterator[None]:
     """Make SIGTERM end LitServe like Ctrl-C: first the front ends, which wait for their answers, then the workers.
+
+    Either says how many requests are still answered, since this may take up to ``drain`` seconds.
 
     Some supervisors send SIGTERM to all processes. The process that carries messages between them, a fork of this one,
     ignores it, because it must not end before the others.
     """
-    own = os.getpid()
+    own, told = os.getpid(), False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal told
+        if os.getpid() == own and not told:
+            told = True
+            # Without its lock, which the front ends may hold.
+            count = shared.answering.get_obj().value
+            noun = "request" if count == 1 else "requests"
+            wait = f", for at most {drain} s" if count else ""
+            _log.info("Stopping: %d %s still to be answered%s; no more are accepted", count, noun, wait)
+        raise KeyboardInterrupt
 
     def end(number: int, frame: FrameType | None) -> None:
         if os.getpid() == own:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            raise KeyboardInterrupt
+            interrupt(number, frame)
         if multiprocessing.current_process().name.startswith("LitServer"):
             # Uvicorn raises the signal again after its shutdown.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.raise_signal(signal.SIGTERM)
 
-    before = signal.signal(signal.SIGTERM, end)
+    before = {which: signal.signal(which, act) for which, act in ((signal.SIGTERM, end), (signal.SIGINT, interrupt))}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for which, act in before.items():
+            signal.signal(which, act)
