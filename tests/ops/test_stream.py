@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrsa_lit.ops.sparse_attention import (
+    LagRelative,
     MeanPool,
     QueryAttention,
     RandomTokens,
@@ -19,7 +20,7 @@ from lrsa_lit.ops.sparse_attention import (
 )
 from lrsa_lit.ops.sparse_attention.buffer import PairBuffer
 from lrsa_lit.ops.sparse_attention.geometry import compressed_at, raw_start, stored_size
-from lrsa_lit.ops.sparse_attention.stream import KeyValueStream
+from lrsa_lit.ops.sparse_attention.stream import KeyValueStream, advance_together
 
 SCALE = 0.4
 RULE = Rule(sink_size=3, lag_size=8, top_k=3)
@@ -209,3 +210,25 @@ def test_rows_continue_as_the_rows_they_were_taken_from(indices, seen):
     whole = sparse_attention(*tensors, RULE, scale=SCALE)
     torch.testing.assert_close(later, whole[indices, :, seen:])
     assert stream.stored[0].shape[2] == stored_size(seen, RULE), "the stream itself is left alone"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "compressor",
+    [LagRelative(), RandomTokens(), QueryAttention(window=3), MeanPool()],
+    ids=lambda each: type(each).__name__,
+)
+def test_streams_advance_together_as_each_does_alone(compressor, monkeypatch):
+    rule, calls = Rule(sink_size=2, lag_size=8, top_k=3, compressor=compressor), []
+    compress = KeyValueStream._compact
+    monkeypatch.setattr(KeyValueStream, "_compact", lambda *given: (calls.append(given), compress(*given))[1])
+    alone, together = ([KeyValueStream(rule) for _ in range(4)] for _ in range(2))
+    for token in range(60):
+        if token and together[0].due:
+            before = len(calls)
+            advance_together(together)
+            assert len(calls) == before + 1
+        for number, (one, another) in enumerate(zip(alone, together, strict=True)):
+            given = random_qkv(1, seed=4 * token + number)
+            assert torch.equal(one.attend(*given, SCALE), another.attend(*given, SCALE)), token
+    assert together[0].partitions == compressed_at(59, rule) > 3

@@ -16,6 +16,8 @@ from lrsa_lit.attention.decoding import Decoder
 from lrsa_lit.ops.sparse_attention import KeyValueStream
 
 Key = TypeVar("Key")
+_MOST_IDLE = 16
+"""The most tokens of the row of a free place: rewinding it in every layer at each token would take host time."""
 
 
 class Rows(Generic[Key]):
@@ -88,16 +90,24 @@ class Rows(Generic[Key]):
             past = cache_argument(self.model, self.cache)
             logits: Tensor = self.model(input_ids=ids, position_ids=positions, use_cache=True, **past).logits
             return logits[:, -1]
-        free = [place for place, key in enumerate(self._places) if key is None]
-        for layer in self.cache.layers:
-            for place in free:
+        self._rewind_free()
+        logits = self._decoding().step(ids)
+        taken = [place for place, key in enumerate(self._places) if key is not None]
+        # A copy either way, because the decoder overwrites its logits.
+        return logits[:, -1].clone() if len(taken) == len(self._places) else logits[taken, -1]
+
+    def _rewind_free(self) -> None:
+        """Shorten the rows of free places now and then, before they are compressed or leave their memory."""
+        most = min(_MOST_IDLE, 2 * self.cache.config.rule.lag_size - 1, max(self._longest.values()) // 2)
+        streams = self.cache.layers[0].streams
+        worn = [place for place, key in enumerate(self._places) if key is None and streams[place].seen >= most]
+        for layer in self.cache.layers if worn else ():
+            for place in worn:
                 stream = layer.streams[place]
                 for part in stream.parts:
                     assert isinstance(part, KeyValueStream)
                     part.rewind()
                 stream.seen = 1
-        logits = self._decoding().step(ids)
-        return logits[[place for place, key in enumerate(self._places) if key is not None], -1]
 
     def _decoding(self) -> Decoder:
         longest = 1 << (max(self._longest.values()) - 1).bit_length()

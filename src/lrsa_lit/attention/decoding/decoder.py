@@ -9,6 +9,7 @@ import contextlib
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ from lrsa_lit.ops.sparse_attention import (
     most_window_rows,
     through_channels,
 )
+from lrsa_lit.ops.sparse_attention.stream import advance_together
 from lrsa_lit.systems.system import System
 
 _WARM_UP = 3
@@ -80,7 +82,10 @@ class Decoder:
         self._forward = torch.compile(Decoder._run, dynamic=False) if fuse else Decoder._run
         self._graph: torch.cuda.CUDAGraph | None = None
         self._order: list[Stream] = []
-        self._prepared: list[int] = []
+        self._known: list[list[Stream]] = []
+        self._streams: Streams = []
+        # The tensors of each buffer when it was last moved to the memory: a buffer that grows has others.
+        self._prepared: list[tuple[Tensor, ...]] = []
 
     def ready(self, rows: int) -> bool:
         """Whether :meth:`step` can run: the rows are in the recorded order, none is empty, and the rule is the same."""
@@ -105,11 +110,7 @@ class Decoder:
         Returns:
             Logits (B, 1, V), which the next step overwrites.
         """
-        streams: Streams = [
-            list(rows)
-            for layer in self.cache.layers
-            for rows in zip(*(stream.parts for stream in layer.streams), strict=True)
-        ]
+        streams = self._current_streams()
         with self.cache.changing():
             self._compress(streams)
             if not self._fits(streams) and not self._reuse(streams):
@@ -122,18 +123,28 @@ class Decoder:
                     stream.count(1)
         return logits
 
+    def _current_streams(self) -> Streams:
+        """The streams of the cache, listed anew only after rows have come, gone or moved: a token has little time."""
+        if self._known != (now := [layer.streams for layer in self.cache.layers]):
+            self._known = [list(streams) for streams in now]
+            parts = ([stream.parts for stream in streams] for streams in now)
+            self._streams = [list(rows) for of_layer in parts for rows in zip(*of_layer, strict=True)]  # type: ignore[arg-type]
+        return self._streams
+
     def _compress(self, streams: Streams) -> None:
         for parts in self._parts_of_rules:
             for row, stream in enumerate(streams[parts[0]]):
                 if stream.due:
-                    for part in parts:
-                        streams[part][row].advance()
+                    advance_together([streams[part][row] for part in parts])
 
     def _fits(self, streams: Streams) -> bool:
         """Whether all streams are in the prepared memory, with room for the next token."""
-        buffers = [buffer for rows in streams for stream in rows for buffer in stream.buffers]
-        roomy = all(buffer.length < buffer.capacity for buffer in buffers)
-        return roomy and [buffer.address for buffer in buffers] == self._prepared
+        now = _tensors(streams)
+        if len(now) != len(self._prepared) or not all(map(operator.is_, now, self._prepared)):
+            return False
+        # Parts with the same rule have equally much memory.
+        first = (stream for parts in self._parts_of_rules for stream in streams[parts[0]])
+        return all(buffer.length < buffer.capacity for stream in first for buffer in stream.buffers)
 
     def _places(self, streams: Streams) -> list[int]:
         """For each part, the capacity that its rows need for the next tokens."""
@@ -151,6 +162,7 @@ class Decoder:
             return False
         for memory, rows, _ in together:
             memory.take(rows)
+        self._prepared = _tensors(streams)
         if torch.is_autocast_enabled(self.model.device.type):
             # The graph reads converted weights that autocast freed at the end of its block.
             self._graph, self._launched = None, 0
@@ -158,7 +170,7 @@ class Decoder:
 
     def _prepare(self, ids: Tensor, streams: Streams) -> None:
         # Release the old memory first, so that the new one can use it.
-        self.layers, self._memories, self._graph, self._launched = [], [], None, 0
+        self.layers, self._memories, self._prepared, self._graph, self._launched = [], [], [], None, 0
         rules = len(self._parts_of_rules)
         self._state = torch.zeros(1 + 2 * rules, len(streams[0]), dtype=torch.int64, device=ids.device)
         self._ids, self._position = ids.clone(), self._state.new_zeros(ids.shape)
@@ -173,7 +185,7 @@ class Decoder:
         for layer in self.cache.layers:
             grouped = isinstance(layer.rule, HeadRules)
             self.layers.append(_GroupedMemory(layer.rule.groups, memories) if grouped else next(memories))
-        self._prepared = [buffer.address for rows in streams for stream in rows for buffer in stream.buffers]
+        self._prepared = _tensors(streams)
 
     def _launch(self) -> Tensor:
         self._launched += 1
@@ -356,6 +368,11 @@ class _GroupedMemory:
         """See :class:`_LayerMemory`."""
         split = (self.groups.split(tensor) for tensor in (query, key, value))
         return self.groups.join([part.attend(*new, scale) for part, *new in zip(self.parts, *split, strict=True)])
+
+
+def _tensors(streams: Streams) -> list[tuple[Tensor, ...]]:
+    """The tensors of all buffers; comparing these tuples by identity is faster than asking torch for addresses."""
+    return [buffer.whole for rows in streams for stream in rows for buffer in stream.buffers]
 
 
 def _kinds_of_parts(cache: LRSACache) -> Iterator[tuple[Rule | None, System | None]]:

@@ -29,6 +29,8 @@ from lrsa_lit.ops.sparse_attention.rule import KEEP_ALL, Rule
 from lrsa_lit.ops.sparse_attention.slot_bias import narrow, through_channels
 from lrsa_lit.ops.sparse_attention.token_scores import bare_keys, without_scores
 
+_Given = tuple[Tensor, Tensor, int, Tensor | None]
+"""The arguments of :meth:`KeyValueStream._compact`."""
 Held = Mapping[str, tuple[Tensor, ...]]
 """The contents of a stream by name: pairs (or latents and positions) and queries, (B, heads, rows, channels)."""
 
@@ -284,9 +286,13 @@ class KeyValueStream(Stream):
     def advance(self) -> None:
         """Compress the partitions that the rule requires to be compressed before the next token attends."""
         if self.due:
-            raw = self.buffer.cut(compact_size(self.partitions, self.rule))
-            queries = None if self._queries is None else self._queries.filled[0].clone()
-            self.buffer.append(self._compress(self.buffer, raw, compressed_at(self.seen, self.rule), queries))
+            self.buffer.append(self._compress(self.buffer, *self._due()))
+
+    def _due(self) -> tuple[Pair, int, Tensor | None]:
+        """The raw pairs, cut from the buffer, the number of partitions to reach, and the stored queries."""
+        raw = self.buffer.cut(compact_size(self.partitions, self.rule))
+        queries = None if self._queries is None else self._queries.filled[0].clone()
+        return raw, compressed_at(self.seen, self.rule), queries
 
     def most_stored(self, tokens: int) -> int:
         """The most rows that are filled at any time while ``tokens`` more arrive one by one."""
@@ -355,6 +361,12 @@ class KeyValueStream(Stream):
 
         The compressor takes its windows from the queries (B, Hq, rows, D). The unused rest replaces the stored ones.
         """
+        recent, given = self._begin(buffer, raw, partitions, queries)
+        self._end(buffer, self._compact(*given), partitions)
+        return recent
+
+    def _begin(self, buffer: PairBuffer, raw: Pair, partitions: int, queries: Tensor | None) -> tuple[Pair, _Given]:
+        """What :meth:`_compress` does before the compressor: the tokens that stay raw, and what the compressor gets."""
         (key, value), sink, before = raw, self.rule.sink_size, self.partitions
         dropped = raw_start(partitions, self.rule) - raw_start(before, self.rule)
         recent = key[:, :, dropped:], value[:, :, dropped:]
@@ -368,15 +380,38 @@ class KeyValueStream(Stream):
             windows = queries[:, :, :used].unflatten(2, (count, -1)).unflatten(1, (key.shape[1], -1))
             self._query_rows(queries).length = 0
             self._query_rows(queries).append((queries[:, :, used:],))
-        compact = self._compact(key, value, count, windows)
+        return recent, (key, value, count, windows)
+
+    def _end(self, buffer: PairBuffer, compact: Pair, partitions: int) -> None:
+        """Append what the compressor returned."""
         if self.rule.compressor.takes_scores:
             compact = without_scores(compact[0]), compact[1]
         buffer.append(compact)
         self.partitions = partitions
-        return recent
 
     def _compact(self, key: Tensor, value: Tensor, count: int, windows: Tensor | None) -> Pair:
         """Compress the next ``count`` partitions to keys and values (B, H, count K, D)."""
         run = implementation(self.impl, key)
         compact: Pair = run.compress(key, value, self.rule, count, self.partitions, windows)
         return compact
+
+
+def advance_together(streams: Sequence[KeyValueStream]) -> None:
+    """:meth:`KeyValueStream.advance` of due streams with one rule and equally many tokens, such as a row's layers.
+
+    The compressor is called once for all: a call costs the host as much for many streams as for one.
+    """
+    alike = {(type(stream), stream.buffer.whole[0].shape[:2]) for stream in streams}
+    if len(streams) == 1 or len(alike) > 1 or type(streams[0]) is not KeyValueStream:
+        for stream in streams:
+            stream.advance()
+        return
+    partitions = compressed_at(streams[0].seen, streams[0].rule)
+    begun = [stream._begin(stream.buffer, *stream._due()) for stream in streams]
+    keys, values, (count, *_), windows = zip(*(given for _, given in begun), strict=True)
+    queries = None if windows[0] is None else torch.cat(windows)
+    compact = streams[0]._compact(torch.cat(keys), torch.cat(values), count, queries)
+    of_streams = zip(*(part.chunk(len(streams)) for part in compact), strict=True)
+    for stream, (recent, _), (key, value) in zip(streams, begun, of_streams, strict=True):
+        stream._end(stream.buffer, (key, value), partitions)
+        stream.buffer.append(recent)
