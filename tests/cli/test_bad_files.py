@@ -76,7 +76,7 @@ def bad_files():
         ["tracking_uri", "file:./x", "sqlite:///"],
     )
     yield "missing checkpoint", ["--ckpt_path", "nowhere.ckpt"], {}, ["ckpt_path", "nowhere.ckpt"]
-    yield "no name of a checkpoint", ["--ckpt_path", ""], {}, ["ckpt_path: ''", "a checkpoint written by a fit"]
+    yield "no name of a checkpoint", ["--ckpt_path", ""], {}, ["--ckpt_path: it is empty"]
     yield "junk checkpoint", ["--ckpt_path", "x.pt"], {"x.pt": "no"}, ["ckpt_path", "x.pt"]
     yield "checkpoint by a word", ["--ckpt_path", "best"], {}, ["ckpt_path", "best", "last"]
     yield (

@@ -246,6 +246,10 @@ def test_a_filter_that_leaves_no_sentence_is_refused(in_process, capfd):
         (["--data", "no.yaml"], "--data: "),
         (["--data", "configs/data/mixture.yaml"], "--data: 'configs/data/mixture.yaml' is a mixture"),
         (["--data", "configs/model/tiny.yaml"], "--data: 'configs/model/tiny.yaml' holds no data set"),
+        (
+            ["--data", "mine.jsonl"],
+            "--data: 'mine.jsonl' holds the data itself; it must be a file of settings, such as",
+        ),
         (["--checkpoint", "no.ckpt"], "--checkpoint: 'no.ckpt' does not exist"),
         (["--limit", "0"], "--limit: '0' is not allowed"),
     ],

@@ -19,14 +19,29 @@ Read = TypeVar("Read")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser whose errors are one line. Texts and paths must not be empty: ``Path("")`` is the current folder."""
 
     def __init__(self, prog: str, **options: Any) -> None:
         super().__init__(prog=prog, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.register("type", None, _filled)
+        self.register("type", Path, lambda text: Path(_filled(text)))
+
+    def add_subparsers(self, **options: Any) -> Any:
+        """Add actions; each checks its own arguments, which this parser would call by the name of the action."""
+        actions = super().add_subparsers(**options)
+        actions.type = str
+        return actions
 
     def error(self, message: str) -> NoReturn:
         """Raise the error as a UserError, which the command line prints in one line."""
         raise UserError(message.removeprefix("argument "), reason=f"see {self.prog} --help")
+
+
+def _filled(text: str) -> str:
+    """The text of an argument; an error if it is empty or blank, as after a variable of the shell that is not set."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
 
 
 def checked(read: Callable[[str], Read], allowed: str) -> Callable[[str], Read]:

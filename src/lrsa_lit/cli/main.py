@@ -262,7 +262,7 @@ def lightning_arguments(command: str, arguments: Sequence[str]) -> list[str]:
         if flag not in ("--config", "-c", "--plugins"):
             _check_argument(previous, argument)
             found.append(argument)
-        elif not assigned and (value := next(rest, "")) == "":
+        elif not (value := value if assigned else next(rest, "")).strip():
             raise UserError(flag, reason="it names no module" if flag == "--plugins" else "it names no file")
         elif flag == "--plugins":
             modules += _modules(value)
@@ -337,10 +337,13 @@ def _check_argument(previous: str, argument: str) -> None:
     """Refuse values on which the parser would hang or fail unclearly: it reads any value as YAML or as a file."""
     from lrsa_lit.yaml_file import check_bounds
 
-    flag, _, value = argument.partition("=") if argument.startswith("--") else (previous, "", argument)
+    flag, given, value = argument.partition("=") if argument.startswith("--") else (previous, " ", argument)
     key = flag.removeprefix("--")
     if "\0" in argument:
         raise UserError(key, argument, reason="is not allowed (it contains a NUL character)")
+    if given and not value.strip():
+        hint = "leave the flag out; if no text is meant, write null, or set it in a file of settings"
+        raise UserError(flag, reason="it is empty", hint=hint)
     # Skip most values, which are short words and numbers.
     if "&" in value or "{" in value or value.count("[") > 50:
         check_bounds(key, value)

@@ -67,9 +67,7 @@ def check_rule(options: argparse.Namespace) -> None:
 
 
 def check_source(option: str, source: str | None) -> None:
-    """Refuse, before torch is imported, an empty name of a model and a checkpoint that does not exist."""
-    if source is not None and not source.strip():
-        raise UserError(option, source, SOURCES, reason="names no model")
+    """Refuse, before torch is imported, a checkpoint that does not exist."""
     if source is not None and source.endswith(SUFFIX) and not expanded(option, source).exists():
         raise UserError(option, reason=f"{source} does not exist")
 

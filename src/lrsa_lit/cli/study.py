@@ -73,7 +73,7 @@ def _parser() -> Parser:
     def action(
         name: str, about: str, act: Callable[[argparse.Namespace], None], *takes: str
     ) -> argparse.ArgumentParser:
-        added = actions.add_parser(name, help=about)
+        added: argparse.ArgumentParser = actions.add_parser(name, help=about)
         added.set_defaults(action=act)
         for option in takes:
             added.add_argument(option, **shared[option])

@@ -263,6 +263,10 @@ def _data_sets(asked: Asked) -> dict[str, Settings]:
     """The data set of each file, by the file's name, with ``max_new_tokens`` if the file sets it."""
     found: dict[str, Settings] = {}
     for name in asked.data:
+        if name.endswith(".jsonl"):
+            line = f"data: {{class_path: QAFiles, init_args: {{test: {name}}}}}"
+            allowed = f"a file of settings, such as one with the line `{line}`"
+            raise UserError("--data", name, allowed, reason="holds the data itself")
         settings = read_settings(resolve(name, key="--data"))
         data, stem = settings.get("data"), Path(name).stem
         if not isinstance(data, dict) or "class_path" not in data:

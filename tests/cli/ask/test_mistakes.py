@@ -24,7 +24,7 @@ def bad_inputs():
     yield "empty question", ["text.txt", FIRST, " "], ["QUESTION", "number 2", "empty"]
     yield "missing model folder", ["--model", "./nowhere", *given], ["--model", "./nowhere", "tiny"]
     yield "unknown hub name", ["--model", "no-such/model", *given], ["--model", "no-such/model", "not a folder here"]
-    yield "no model name", ["--model", "", *given], ["--model: ''", "names no model", "hub name"]
+    yield "no model name", ["--model", "", *given], ["--model: it is empty"]
     yield "missing package", ["--model", "package://no-such-dist/x.gguf", *given], ["no-such-dist", "pip install"]
     yield "lag size one", ["--lag-size", "1", *given], ["--lag-size", "1", ">= 2"]
     yield "lag size text", ["--lag-size", "abc", *given], ["--lag-size", "'abc'", "integer"]
@@ -34,7 +34,7 @@ def bad_inputs():
     yield "no new tokens", ["--max-new-tokens", "0", *given], ["--max-new-tokens", "'0'", "from 1 to"]
     yield "rule and dense", ["--dense", "--top-k", "3", *given], ["--top-k", "--dense"]
     yield "dtype", ["--dtype", "int8", *given], ["--dtype", "int8", "bfloat16"]
-    for device in ("cuda:99", "cuda:-1", "mps", "xpu", "hpu", "xla", "tpu", "vulkan", "cpu:x", "", "cuda:" + "9" * 40):
+    for device in ("cuda:99", "cuda:-1", "mps", "xpu", "hpu", "xla", "tpu", "vulkan", "cpu:x", "cuda:" + "9" * 40):
         if not (device == "mps" and torch.backends.mps.is_available()):
             yield f"device {device}", ["--device", device, *given], ["--device", repr(device), "cpu"]
     yield "no such device", ["--device", "banana", *given], ["--device", "banana", "cpu"]

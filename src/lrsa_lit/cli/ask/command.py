@@ -139,7 +139,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser("lrsa ask", description=about, epilog=EPILOG)
     add = parser.add_argument
     add("file", metavar="FILE", nargs="?", help="the text in UTF-8; - reads it from stdin")
-    add("questions", metavar="QUESTION", nargs="*", help="answered in order; each question may refer to earlier ones")
+    add(
+        "questions",
+        metavar="QUESTION",
+        nargs="*",
+        type=str,
+        help="answered in order; each question may refer to earlier ones",
+    )
     add("--model", metavar="SOURCE", help=f"{SOURCES} (default: {default_backbone()['source']})")
     kept = "save the text's cache to this file; if it exists, load it instead, and FILE may be left out"
     add("--cache", metavar="PATH", help=kept)
