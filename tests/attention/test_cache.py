@@ -88,9 +88,9 @@ def test_left_padded_rows_get_what_each_gets_alone(sizes, model, tokens, rule):
 
 
 @pytest.mark.parametrize("pads", ["left", "right"])
-def test_rows_of_a_first_call_are_compressed_and_attended_to_together(pads, tiny, tokens, rule, monkeypatch):
-    """Also a row of one token, one shorter than the sinks, and one of pads alone."""
-    lengths, calls = [90, 1, 33, 0, 7], []
+def test_rows_are_compressed_and_attended_to_together(pads, tiny, tokens, rule, monkeypatch):
+    """Also a row of one token, one shorter than the sinks, and one of pads alone, which begins in the second call."""
+    lengths, first, continued = [90, 1, 33, 0, 7], [], []
     config = rule.replace(sink_size=9, dense_layers=(1,))
     model = enable(tiny("Llama", dtype=torch.float32), config)
     sequences = [tokens(1, length, seed=length) for length in lengths]
@@ -98,24 +98,31 @@ def test_rows_of_a_first_call_are_compressed_and_attended_to_together(pads, tiny
     for row, length in enumerate(lengths):
         place = slice(90 - length, 90) if pads == "left" else slice(0, length)
         ids[row, place], mask[row, place] = sequences[row][0], 1
-    together, step = eager.forward_and_compact, KeyValueStream.attend
-    monkeypatch.setattr(
-        eager, "forward_and_compact", lambda *a, **b: calls.append(b["boundaries"]) or together(*a, **b)
-    )
+    start, go_on, step = eager.forward_and_compact, eager.attend_rows, KeyValueStream.attend
+
+    def starting(*args, boundaries, **options):
+        first.append(boundaries)
+        return start(*args, boundaries=boundaries, **options)
+
+    def going_on(query, rows, *args, **options):
+        continued.append([row.tokens for row in rows])
+        return go_on(query, rows, *args, **options)
+
+    monkeypatch.setattr(eager, "forward_and_compact", starting)
+    monkeypatch.setattr(eager, "attend_rows", going_on)
     monkeypatch.setattr(KeyValueStream, "attend", None)
-    cache = LRSACache(config, 3)
-    logits = feed(model, cache, ids, [90], mask)
-    assert calls == [[0, 90, 91, 124, 131]] * 3, "one for each layer"
+    cache, more = LRSACache(config, 3), tokens(5, 31, seed=1)
+    logits, later = feed(model, cache, ids, [90], mask), feed(model, cache, more, [31])
+    assert first == [[0, 90, 91, 124, 131]] * 3, "once in each layer"
+    assert continued == [[length + 31 for length in lengths]] * 3
     monkeypatch.setattr(KeyValueStream, "attend", step)
-    more = tokens(5, 3, seed=1)
-    later = feed(model, cache, more, [3])
     for row, sequence in enumerate(sequences):
         alone = LRSACache(config, 3)
         if lengths[row]:
             place = slice(90 - lengths[row], 90) if pads == "left" else slice(0, lengths[row])
             wanted = feed(model, alone, sequence, [lengths[row]])
             torch.testing.assert_close(logits[row, None, place], wanted, rtol=0, atol=1e-4)
-        wanted = feed(model, alone, more[row, None], [3])
+        wanted = feed(model, alone, more[row, None], [31])
         torch.testing.assert_close(later[row, None], wanted, rtol=0, atol=1e-4)
         for layer, other in zip(cache.layers, alone.layers, strict=True):
             (mine,), (theirs,) = layer.streams[row].parts, other.streams[0].parts

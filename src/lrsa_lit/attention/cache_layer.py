@@ -20,9 +20,9 @@ from lrsa_lit.ops.sparse_attention import (
     KeyValueStream,
     Rule,
     Stream,
+    attend_together,
     attended_pairs,
-    can_start_together,
-    start_together,
+    can_attend_together,
     stored_size,
 )
 
@@ -48,8 +48,8 @@ class Past(NamedTuple):
 class LRSACacheLayer(CacheLayerMixin):
     """One layer: a single stream while all rows have the same length, else one stream per row.
 
-    In the first call, rows of unequal lengths are compressed and attended to together, as packed sequences. Later
-    calls, systems, latents and compressors that take scores go row by row.
+    Rows of unequal lengths attend together, as packed sequences, and in a first call are compressed together. Systems
+    and latents go row by row, and so do calls of single tokens, which the decoder serves on a GPU.
 
     In each call, the attention must call :meth:`update` once with its new tokens and then :meth:`attend` once. Stock
     attention attends by itself and calls :meth:`update` only. Any other order is refused.
@@ -164,10 +164,10 @@ class LRSACacheLayer(CacheLayerMixin):
         spans = self._layout.row_spans or [whole] * self.rows
         if len(self.streams) == 1 and spans[0] == whole:
             return self._attend_of(self.streams[0])(query, key, value, scale)
-        if self._layout.real is not None and len(self.streams) > 1 and not self.probing:
+        if len(self.streams) > 1 and query.shape[2] > 1 and not self.probing:
             new = [stream for stream, (start, stop) in zip(self.streams, spans, strict=True) if start < stop]
-            if can_start_together(new):
-                return self._layout.apply(functools.partial(_start, new, scale), query, key, value)
+            if can_attend_together(new):
+                return self._attend_together(new, query, key, value, scale)
         output = torch.zeros_like(query)
         for row, stream in enumerate(self.streams):
             rows = slice(None) if len(self.streams) == 1 else slice(row, row + 1)
@@ -176,6 +176,17 @@ class LRSACacheLayer(CacheLayerMixin):
             if start < stop:
                 output[real] = self._attend_of(stream)(query[real], key[real], value[real], scale)
         return output
+
+    def _attend_together(
+        self, streams: Sequence[Stream], query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
+        if self._layout.real is not None:
+            return self._layout.apply(functools.partial(_attend_packed, streams, scale), query, key, value)
+        batch, count = query.shape[0], query.shape[2]
+        query, key, value = (tensor.transpose(0, 1).flatten(1, 2)[None] for tensor in (query, key, value))
+        output = attend_together(streams, query, key, value, range(0, batch * count + 1, count), scale)[0]
+        rows: Tensor = output.unflatten(1, (batch, count))
+        return rows.transpose(0, 1)
 
     def _attend_of(self, stream: Stream) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
         if not self.probing:
@@ -322,11 +333,11 @@ class LRSACacheLayer(CacheLayerMixin):
         raise UserError("cache", reason="LRSACache cannot be cropped, as assisted decoding needs; use a dense cache")
 
 
-def _start(
+def _attend_packed(
     streams: Sequence[Stream], scale: float, query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor | None
 ) -> Tensor:
     assert cu_seqlens is not None
-    return start_together(streams, query, key, value, cu_seqlens.tolist(), scale)
+    return attend_together(streams, query, key, value, cu_seqlens.tolist(), scale)
 
 
 def _stored_tokens(stream: Stream) -> float:

@@ -34,8 +34,9 @@ CASES = [
     pytest.param([300, 5, 1, 700, 64, 128, 129], (16, 64, 16, 64), 4, 2, 0, id="packed, L=64"),
     pytest.param([3000], RULE, 4, 2, 1777, id="fewer queries"),
     pytest.param([3000], RULE, 4, 2, 2999, id="one query"),
+    pytest.param([300, 1, 700, 1025], RULE, 4, 2, (130, 0, 699, 0), id="packed, fewer queries of some"),
 ]
-"""Lengths of the sequences, rule, query heads, heads, position of the first query."""
+"""Lengths of the sequences, rule, query heads, heads, position of the first query (of each)."""
 KERNELS = {
     "forward": lambda saved, output_grad, geometry: attend_forward(saved.inputs, geometry, 0.1),
     "queries": lambda saved, output_grad, geometry: query_gradient(saved, output_grad, geometry, 0.1),
@@ -67,7 +68,7 @@ def arguments(geometry, query_heads, heads, dtype, batch=1, broken=None):
         return torch.randn(*shape, 128, generator=generator, device="cuda", dtype=dtype)
 
     tokens, rows = geometry.boundaries[-1], sum(compact_rows(geometry))
-    queries = tokens - geometry.queries_from
+    queries = tokens - sum(geometry.first_queries)
     shapes = (queries, query_heads), (tokens, heads), (tokens, heads), (queries, query_heads)
     *raw, output_grad = (normal(batch, *shape).transpose(1, 2) for shape in shapes)
     compact = [normal(batch, heads, rows), normal(batch, heads, rows)]

@@ -27,7 +27,6 @@ from lrsa_lit.ops.sparse_attention.compressors import (
     ValueRelative,
     ValueWeighted,
 )
-from lrsa_lit.ops.sparse_attention.first_call import can_start_together, start_together
 from lrsa_lit.ops.sparse_attention.geometry import (
     attended_pairs,
     checked_boundaries,
@@ -42,6 +41,7 @@ from lrsa_lit.ops.sparse_attention.grouped_stream import GroupedStream
 from lrsa_lit.ops.sparse_attention.head_rules import HeadGroups, HeadRules, tensor_of_heads
 from lrsa_lit.ops.sparse_attention.query_selectors import QueryAttention, QueryRuns
 from lrsa_lit.ops.sparse_attention.rotary import Rotary
+from lrsa_lit.ops.sparse_attention.rows_together import attend_together, can_attend_together
 from lrsa_lit.ops.sparse_attention.rule import Rule, tensor_of_rule
 from lrsa_lit.ops.sparse_attention.scoring import Ranking
 from lrsa_lit.ops.sparse_attention.selection import Selection, of_sequence
@@ -87,9 +87,10 @@ __all__ = [
     "TokenGate",
     "ValueRelative",
     "ValueWeighted",
+    "attend_together",
     "attended_pairs",
     "bare_keys",
-    "can_start_together",
+    "can_attend_together",
     "checked_boundaries",
     "choice",
     "compressed_at",
@@ -102,7 +103,6 @@ __all__ = [
     "select",
     "spans",
     "sparse_attention",
-    "start_together",
     "stored_queries",
     "stored_size",
     "tensor_of_heads",

@@ -137,7 +137,8 @@ def select(
 def implementation(impl: str, query: Tensor) -> ModuleType:
     """The module that runs the operator on tensors like ``query``.
 
-    It has the functions ``forward``, ``forward_and_compact``, ``attend``, ``attend_one``, ``compress`` and ``select``.
+    It has the functions ``forward``, ``forward_and_compact``, ``attend``, ``attend_rows``, ``attend_one``, ``compress``
+    and ``select``.
 
     Raises:
         UserError: there is no implementation of this name, or it cannot run here.

@@ -6,7 +6,7 @@ Dimensions: B batch, H key-value heads, D head_dim.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Generic, TypeVar, cast
+from typing import Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,27 @@ Rows = TypeVar("Rows", bound=tuple[Tensor, ...])
 
 _SPARE = 32
 """A buffer that must grow takes 1/32 more than it needs, so that growing copies each row about 32 times in all."""
+
+
+class Seen(NamedTuple):
+    """What the new tokens of a row see.
+
+    Attributes:
+        compact: sinks, then kept pairs: keys and values (B, H, >= S + K P, D).
+        raw: keys and values (B, H, Tr, D) from position ``raw_from`` on; the last ones are the new tokens'.
+        new_from: the position of the first new token.
+        raw_from: the position of the first raw pair.
+    """
+
+    compact: Pair
+    raw: Pair
+    new_from: int
+    raw_from: int
+
+    @property
+    def tokens(self) -> int:
+        """All tokens of the row, with the new ones."""
+        return self.raw_from + self.raw[0].shape[2]
 
 
 def joined(*parts: Rows) -> Rows:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lrsa_lit.ops.sparse_attention.buffer import Pair, joined
+from lrsa_lit.ops.sparse_attention.buffer import Pair, Seen, joined
 from lrsa_lit.ops.sparse_attention.geometry import Span, compact_size, raw_start, spans
 from lrsa_lit.ops.sparse_attention.rule import Rule
 from lrsa_lit.ops.sparse_attention.selection import Selection, compact_buffer, compress, of_sequence, select
 
-__all__ = ["attend", "attend_one", "compress", "forward", "forward_and_compact", "select"]
+__all__ = ["attend", "attend_one", "attend_rows", "compress", "forward", "forward_and_compact", "select"]
 
 
 def forward(
@@ -33,7 +33,10 @@ def forward_and_compact(
     query: Tensor, key: Tensor, value: Tensor, rule: Rule, *,
     boundaries: Sequence[int], scale: float, selection: Selection | None = None
 ) -> tuple[Tensor, Pair]:  # fmt: skip
-    """:func:`forward`, and the compact buffer (B, H, M, D) of one sequence after another, S + K P rows each."""
+    """:func:`forward`, and the compact buffer (B, H, M, D), S + K P rows of one sequence after another.
+
+    Only the output is differentiable in every implementation.
+    """
     offset = key.shape[2] - query.shape[2]
     outputs, buffers = [], []
     for index, (start, stop) in enumerate(itertools.pairwise(boundaries)):
@@ -72,6 +75,16 @@ def attend(
         piece = grouped[..., span.start - query_offset : span.stop - query_offset, :]
         parts.append(causal_attention(piece, keys, values, scale))
     return torch.cat(parts, dim=-2).flatten(1, 2)
+
+
+def attend_rows(query: Tensor, rows: Sequence[Seen], rule: Rule, *, scale: float) -> Tensor:
+    """:func:`attend` for the new tokens of several rows: queries and output (1, Hq, N, D), one row after another."""
+    queries = query.split([row.tokens - row.new_from for row in rows], dim=2)
+    outputs = [
+        attend(part, row.compact, row.raw, rule, scale=scale, query_offset=row.new_from, raw_offset=row.raw_from)
+        for part, row in zip(queries, rows, strict=True)
+    ]
+    return torch.cat(outputs, dim=2)
 
 
 def attend_one(query: Tensor, key: Tensor, value: Tensor, length: Tensor, scale: float) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lrsa_lit.ops.sparse_attention import eager
 from lrsa_lit.ops.sparse_attention.api import Impl, implementation
-from lrsa_lit.ops.sparse_attention.buffer import Pair, PairBuffer, RowBuffer, joined
+from lrsa_lit.ops.sparse_attention.buffer import Pair, PairBuffer, RowBuffer, Seen, joined
 from lrsa_lit.ops.sparse_attention.geometry import (
     attended_pairs,
     compact_size,
@@ -241,18 +241,31 @@ class KeyValueStream(Stream):
 
     def _attend_across(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """:meth:`attend` for tokens that see different numbers of compressed partitions."""
+        seen = self.take(query, key, value)
+        attend = implementation(self.impl, query).attend
+        places = {"query_offset": seen.new_from, "raw_offset": seen.raw_from}
+        output: Tensor = attend(query, seen.compact, seen.raw, self.rule, scale=scale, **places)
+        return output
+
+    def take(self, query: Tensor, key: Tensor, value: Tensor) -> Seen:
+        """Store N new tokens as :meth:`attend` does, and leave the attention to the caller."""
+        start, count = self.seen, key.shape[2]
+        if not self.crosses(count):
+            filled = self.extend(key, value, query)
+            size = compact_size(self.partitions, self.rule)
+            compact = filled[0][:, :, :size], filled[1][:, :, :size]
+            raw = filled[0][:, :, size:], filled[1][:, :, size:]
+            return Seen(self._bare(compact), self._bare(raw), start, raw_start(self.partitions, self.rule))
         self.advance()
-        buffer, start, offset = self._store_for(key, value), self.seen, raw_start(self.partitions, self.rule)
+        buffer, offset = self._store_for(key, value), raw_start(self.partitions, self.rule)
         past = buffer.cut(compact_size(self.partitions, self.rule))
         raw = joined(past, (key, value)) if past[0].shape[2] else (key, value)
         queries = self._queries_with(query)
-        self.seen += key.shape[2]
+        self.seen += count
         recent = self._compress(buffer, raw, compressed_at(self.seen - 1, self.rule), queries)
-        attend = implementation(self.impl, query).attend
-        pairs = self._bare(buffer.whole), self._bare(raw)
-        output: Tensor = attend(query, *pairs, self.rule, scale=scale, query_offset=start, raw_offset=offset)
+        seen = Seen(self._bare(buffer.whole), self._bare(raw), start, offset)
         buffer.append(recent)
-        return output
+        return seen
 
     def _bare(self, pair: Pair) -> Pair:
         """Keys and values without the scores that travel with the keys."""

@@ -1,6 +1,7 @@
 """The Triton implementation of the operator, for CUDA devices, and for the CPU in Triton's interpreter.
 
-``forward`` is the operator. ``attend`` and ``compress`` are its parts, for callers that keep their own compact buffer.
+``forward`` is the operator. ``attend``, ``attend_rows`` and ``compress`` are its parts, for callers that keep their own
+compact buffers.
 ``attend_one`` is the kernel for decoding, and ``select`` the fused selection. All floating-point inputs get gradients,
 except those of ``attend_one`` and ``select``.
 """
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import selection as in_pytorch
-from lrsa_lit.ops.sparse_attention.buffer import Pair, joined
+from lrsa_lit.ops.sparse_attention.buffer import Pair, Seen, joined
 from lrsa_lit.ops.sparse_attention.compressors import Selector, gather_kept
 from lrsa_lit.ops.sparse_attention.kernel_code import kernel_code
 from lrsa_lit.ops.sparse_attention.rule import Rule, tensor_of_rule
@@ -28,9 +29,11 @@ from lrsa_lit.ops.sparse_attention.triton.fused_selection import fused_ranks
 from lrsa_lit.ops.sparse_attention.triton.gather_kernel import gather_compact, ranks_of
 from lrsa_lit.ops.sparse_attention.triton.host_functions import Inputs, positive_scale
 from lrsa_lit.ops.sparse_attention.triton.resample_kernel import compress_frequencies
-from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, partition_starts, partitions
+from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, compact_rows, partition_starts, partitions
 
-__all__ = ["attend", "attend_one", "compress", "forward", "forward_and_compact", "select", "unsupported"]
+__all__ = [
+    "attend", "attend_one", "attend_rows", "compress", "forward", "forward_and_compact", "select", "unsupported",
+]  # fmt: skip
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -125,6 +128,20 @@ def attend(
     """Attention of one sequence's queries over compact buffer and raw tokens; arguments of ``eager.attend``."""
     geometry = Geometry.of(rule, (0, query_offset + query.shape[2]), query_offset, raw_offset)
     return _attend(Inputs(query, *raw, *compact), None, geometry, scale)
+
+
+def attend_rows(query: Tensor, rows: Sequence[Seen], rule: Rule, *, scale: float) -> Tensor:
+    """Attention of the new tokens of several rows in one launch; arguments of ``eager.attend_rows``."""
+    boundaries = (0, *itertools.accumulate(row.tokens for row in rows))
+    firsts = tuple(row.new_from for row in rows), tuple(row.raw_from for row in rows)
+    geometry = Geometry.of(rule, boundaries, *firsts)
+    compact = joined(
+        *(
+            (row.compact[0][:, :, :size], row.compact[1][:, :, :size])
+            for row, size in zip(rows, compact_rows(geometry), strict=True)
+        )
+    )
+    return _attend(Inputs(query, *joined(*(row.raw for row in rows)), *compact), None, geometry, scale)
 
 
 def compress(

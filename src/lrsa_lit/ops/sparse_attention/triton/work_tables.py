@@ -27,11 +27,15 @@ TABLES = 64
 """The number of geometries whose tables are cached."""
 
 
+Firsts = int | tuple[int, ...]
+"""A first position that all sequences have, or that of each."""
+
+
 class Geometry(NamedTuple):
     """The integers of a call: S, L, K, C, and the boundaries 0 … T of packed sequences.
 
-    The given queries and raw tokens start at the positions ``queries_from`` and ``keys_from``, which are 0 if several
-    sequences are packed.
+    The given queries and raw tokens of a sequence start at the positions ``queries_from`` and ``keys_from``: one number
+    for all sequences, or one for each.
     """
 
     sink: int
@@ -39,11 +43,11 @@ class Geometry(NamedTuple):
     keep: int
     chunk: int
     boundaries: tuple[int, ...]
-    queries_from: int = 0
-    keys_from: int = 0
+    queries_from: Firsts = 0
+    keys_from: Firsts = 0
 
     @classmethod
-    def of(cls, rule: Rule, boundaries: Sequence[int], queries_from: int = 0, keys_from: int = 0) -> Geometry:
+    def of(cls, rule: Rule, boundaries: Sequence[int], queries_from: Firsts = 0, keys_from: Firsts = 0) -> Geometry:
         """The geometry of a rule, without its compressor."""
         return cls(*rule.numbers, tuple(boundaries), queries_from, keys_from)
 
@@ -58,9 +62,23 @@ class Geometry(NamedTuple):
         return Rule(*self.numbers)
 
     @property
+    def first_queries(self) -> tuple[int, ...]:
+        """The position of the first given query of each sequence."""
+        return _of_each(self.queries_from, len(self.lengths))
+
+    @property
+    def first_keys(self) -> tuple[int, ...]:
+        """The position of the first given raw token of each sequence."""
+        return _of_each(self.keys_from, len(self.lengths))
+
+    @property
     def lengths(self) -> list[int]:
         """The number of tokens of each sequence."""
         return [stop - start for start, stop in itertools.pairwise(self.boundaries)]
+
+
+def _of_each(firsts: Firsts, sequences: int) -> tuple[int, ...]:
+    return (firsts,) * sequences if isinstance(firsts, int) else firsts
 
 
 @functools.lru_cache(maxsize=TABLES)
@@ -110,13 +128,14 @@ def sequence_table(geometry: Geometry) -> Tensor:
     Rows refer to position 0, even if the given tokens start later: the row of position t is row + t.
     """
     rows = []
-    compact_row = partition_row = 0
-    for start, length, count, size in zip(
-        geometry.boundaries, geometry.lengths, partitions(geometry), compact_rows(geometry), strict=False
+    query_row = key_row = compact_row = partition_row = 0
+    of_sequences = geometry.lengths, geometry.first_queries, geometry.first_keys
+    for length, query, key, count, size in zip(
+        *of_sequences, partitions(geometry), compact_rows(geometry), strict=True
     ):
-        queries = start - geometry.queries_from, geometry.queries_from, length
-        keys = start - geometry.keys_from, geometry.keys_from, length
+        queries, keys = (query_row - query, query, length), (key_row - key, key, length)
         rows.append([*queries, *keys, compact_row, partition_row, count])
+        query_row, key_row = query_row + length - query, key_row + length - key
         compact_row, partition_row = compact_row + size, partition_row + count
     return torch.tensor(rows)
 
@@ -143,7 +162,8 @@ def _starts(geometry: Geometry) -> Tensor:
 @_table
 def window_rows(geometry: Geometry, window: int) -> Tensor:
     """(P,): the start of the window of each partition's reference among the given queries."""
-    return _starts(geometry) + 2 * geometry.lag - window - geometry.queries_from
+    (first,) = set(geometry.first_queries)
+    return _starts(geometry) + 2 * geometry.lag - window - first
 
 
 @_table
@@ -152,7 +172,7 @@ def query_tiles(geometry: Geometry, block: int) -> Tensor:
 
     Tiles start at S modulo the block size: if it divides L and C, no tile straddles a compression.
     """
-    tiles = _tiles(geometry, block, aligned=True, first=geometry.queries_from)
+    tiles = _tiles(geometry, block, aligned=True, firsts=geometry.first_queries)
     compressed = compressed_at(tiles[:, 1] + block - 1, geometry.rule)
     compact, raw = compressed * geometry.keep, tiles[:, 1] - compressed * geometry.lag
     return tiles[(compact + raw).argsort(descending=True, stable=True)]
@@ -168,7 +188,7 @@ def query_walk(inputs: Inputs, geometry: Geometry, block: int) -> tuple[int, tup
 @_table
 def raw_tiles(geometry: Geometry, block: int) -> Tensor:
     """(tiles, 2): sequence and first position of tiles of raw keys, which are all seen by about as many queries."""
-    return _tiles(geometry, block, aligned=True, first=geometry.keys_from)
+    return _tiles(geometry, block, aligned=True, firsts=geometry.first_keys)
 
 
 @_table
@@ -181,10 +201,11 @@ def compact_tiles(geometry: Geometry, block: int) -> Tensor:
 
 
 def _tiles(
-    geometry: Geometry, block: int, *, aligned: bool, first: int = 0, lengths: Sequence[int] | None = None
-) -> Tensor:
-    pieces = []
-    for index, length in enumerate(geometry.lengths if lengths is None else lengths):
+    geometry: Geometry, block: int, *, aligned: bool, firsts: Sequence[int] | None = None,
+    lengths: Sequence[int] | None = None
+) -> Tensor:  # fmt: skip
+    pieces, lengths = [], geometry.lengths if lengths is None else lengths
+    for index, (first, length) in enumerate(zip(firsts or [0] * len(lengths), lengths, strict=True)):
         start = first - (first - geometry.sink) % block if aligned else first
         starts = torch.arange(start, length, block)
         pieces.append(torch.stack([torch.full_like(starts, index), starts], dim=1))
