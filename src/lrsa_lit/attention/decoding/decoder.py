@@ -28,17 +28,16 @@ from lrsa_lit.ops.sparse_attention import (
     KeyValueStream,
     Rule,
     Stream,
+    advance_together,
     bare_keys,
     implementation,
     most_window_rows,
     through_channels,
 )
-from lrsa_lit.ops.sparse_attention.stream import advance_together
 from lrsa_lit.systems.system import System
 
 _WARM_UP = 3
-"""Ordinary steps before the capture: nothing may compile or allocate on first use during a capture, and short answers
-avoid its cost."""
+"""Ordinary steps before the capture, in which nothing may compile or allocate; short answers avoid its cost."""
 ROOM = 256
 """New tokens to allocate memory for, if the caller does not say how many there will be."""
 _UNGRAPHED_ROPE = ("dynamic", "longrope")
@@ -54,8 +53,7 @@ class Decoder:
 
     Lengths and positions are in device tensors, so that one graph serves all tokens. Compressions run between the
     steps, in the same memory; rows may have different lengths. Other calls of the model are allowed between two steps.
-    The graph is captured after a few steps in the same memory. After a reset of the cache, its new rows are moved to
-    that memory if they fit.
+    The graph is captured after a few steps in the same memory, and rows after a reset are moved there if they fit.
 
     Args:
         model: as in :func:`graphed_decoding`.

@@ -1,5 +1,6 @@
 """Lag-relative sparse attention as a pure PyTorch operator; see README.md here for the maths."""
 
+from lrsa_lit.ops.sparse_attention.abstract_stream import Stream
 from lrsa_lit.ops.sparse_attention.api import (
     Choice,
     Impl,
@@ -48,7 +49,7 @@ from lrsa_lit.ops.sparse_attention.selection import Selection, of_sequence
 from lrsa_lit.ops.sparse_attention.shared_heads import SharedHeads
 from lrsa_lit.ops.sparse_attention.slot_bias import through_channels
 from lrsa_lit.ops.sparse_attention.straight_through import StraightThrough
-from lrsa_lit.ops.sparse_attention.stream import Held, KeyValueStream, Stream
+from lrsa_lit.ops.sparse_attention.stream import Held, KeyValueStream, advance_together
 from lrsa_lit.ops.sparse_attention.synthesizers import Centroids, FreqPartition
 from lrsa_lit.ops.sparse_attention.token_gate import TokenGate
 from lrsa_lit.ops.sparse_attention.token_scores import bare_keys, with_scores
@@ -87,6 +88,7 @@ __all__ = [
     "TokenGate",
     "ValueRelative",
     "ValueWeighted",
+    "advance_together",
     "attend_together",
     "attended_pairs",
     "bare_keys",

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from lrsa_lit.ops.sparse_attention.abstract_stream import Stream
 from lrsa_lit.ops.sparse_attention.api import Impl
 from lrsa_lit.ops.sparse_attention.head_rules import HeadGroups, HeadRules
-from lrsa_lit.ops.sparse_attention.stream import KeyValueStream, Stream
+from lrsa_lit.ops.sparse_attention.stream import KeyValueStream
 
 
 class GroupedStream(Stream):

@@ -12,11 +12,12 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
+from lrsa_lit.ops.sparse_attention.abstract_stream import Stream
 from lrsa_lit.ops.sparse_attention.api import implementation
 from lrsa_lit.ops.sparse_attention.geometry import compact_size, partition_counts
 from lrsa_lit.ops.sparse_attention.grouped_stream import GroupedStream
 from lrsa_lit.ops.sparse_attention.slot_bias import through_channels
-from lrsa_lit.ops.sparse_attention.stream import KeyValueStream, Stream
+from lrsa_lit.ops.sparse_attention.stream import KeyValueStream
 
 
 def can_attend_together(streams: Sequence[Stream]) -> bool:

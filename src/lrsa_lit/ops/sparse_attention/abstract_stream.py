@@ -1,0 +1,86 @@
+"""What a cache asks of the past of one layer, whatever it holds.
+
+Dimensions: B batch, H key-value heads, Hq query heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lrsa_lit.ops.sparse_attention.buffer import Pair
+from lrsa_lit.ops.sparse_attention.geometry import attended_pairs
+
+
+class Stream(ABC):
+    """The cached past of a batch of equally long sequences, in one layer.
+
+    Attributes:
+        seen: tokens received so far.
+    """
+
+    seen: int = 0
+    # The most bytes held within a call; set by streams that hold more during a call than after it.
+    _peak: int = 0
+    # The most additional bytes while :meth:`KeyValueStream.probe` attends, which one layer does at a time.
+    _probing: int = 0
+
+    @property
+    @abstractmethod
+    def stored(self) -> Pair | None:
+        """The stored keys and values (B, H, stored, D); None before the first token, or if there are several parts."""
+
+    @property
+    def parts(self) -> Sequence[Stream]:
+        """The streams that this one consists of: one per group of heads with equally many pairs, or only itself."""
+        return (self,)
+
+    @property
+    def stored_shape(self) -> torch.Size | None:
+        """The shape of the :attr:`stored` keys."""
+        return None if self.stored is None else self.stored[0].shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored of the past; memory that is reserved for later tokens does not count."""
+        return 0 if self.stored is None else sum(part.numel() * part.element_size() for part in self.stored)
+
+    @property
+    def peak_nbytes(self) -> int:
+        """The most bytes stored so far, also within calls, where the stream records it; otherwise those stored now."""
+        return max(self._peak, self.nbytes)
+
+    @property
+    def probing_nbytes(self) -> int:
+        """The most additional bytes of pairs that were attended to without being stored, by a probe or from latents."""
+        return self._probing
+
+    @property
+    def attended_pairs(self) -> float:
+        """Query-key pairs that a head has computed so far, mean over the heads; dense attention unless overridden."""
+        return attended_pairs(self.seen, None)
+
+    @property
+    def read_share(self) -> float | None:
+        """Mean share of a dense cache that an answer token has read; None if tokens read everything that is stored.
+
+        Streams that look up which pairs to read override it. It is known after the answer.
+        """
+        return None
+
+    @abstractmethod
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Store N new tokens and return the attention of their queries.
+
+        Queries and output are (B, Hq, N, D). Keys, rotated at their true positions, and values are (B, H, N, D).
+        """
+
+    def end_prompt(self) -> None:  # noqa: B027 - most streams need not do anything
+        """Called when the prompt is complete; the next tokens are the answer's."""
+
+    @abstractmethod
+    def rows(self, indices: Tensor) -> Stream:
+        """A stream of the batch rows ``indices``, which may repeat (beam search, splitting a batch)."""
