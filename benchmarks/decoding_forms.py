@@ -122,9 +122,10 @@ FORMS: dict[str, Callable[[str], Attend]] = {
     "sdpa-flash": functools.partial(_sdpa, SDPBackend.FLASH_ATTENTION, False),
     "sdpa-cudnn-folded": functools.partial(_sdpa, SDPBackend.CUDNN_ATTENTION, True),
     "sdpa-cudnn": functools.partial(_sdpa, SDPBackend.CUDNN_ATTENTION, False),
-    "flashinfer": _flashinfer,
-    "fa4": _fa4,
     "decoder": _decoder,
+    # These compile themselves first.
+    "fa4": _fa4,
+    "flashinfer": _flashinfer,
 }
 """By name: what makes the form for a device, for calls that all have the same shapes."""
 

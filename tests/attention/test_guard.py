@@ -139,7 +139,7 @@ def test_rows_are_selected_by_a_bool_tensor(padding, model, tokens):
     close(feed(model, cache, more), model(torch.cat([ids[1:], more], 1), use_cache=False).logits[:, 40:])
 
 
-@pytest.mark.parametrize("name", ["advance", "count"])
+@pytest.mark.parametrize("name", ["_begin", "count"])
 @torch.no_grad()
 def test_a_decoders_step_that_was_interrupted_is_not_continued(name, model, tokens, monkeypatch):
     cache, ids = LRSACache.of(model), tokens(1, 60)

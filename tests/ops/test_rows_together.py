@@ -132,7 +132,11 @@ def test_what_does_more_with_its_tokens_goes_row_by_row():
     class Other(KeyValueStream):
         pass
 
+    class Parted(KeyValueStream):
+        parts = (KeyValueStream(None),)
+
     assert can_attend_together([empty(RULE), empty(RULE)])
     assert not can_attend_together([Other(RULE), Other(RULE)])
+    assert not can_attend_together([Parted(None), Parted(None)])
     assert can_attend_together([empty(RULE.replace(compressor=TokenGate())) for _ in range(2)])
     assert not can_attend_together([empty(RULES["heads-differ"]), empty(RULE)])

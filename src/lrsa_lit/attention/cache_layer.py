@@ -166,7 +166,7 @@ class LRSACacheLayer(CacheLayerMixin):
             return self._attend_of(self.streams[0])(query, key, value, scale)
         if len(self.streams) > 1 and query.shape[2] > 1 and not self.probing:
             new = [stream for stream, (start, stop) in zip(self.streams, spans, strict=True) if start < stop]
-            if can_attend_together(new):
+            if not new or can_attend_together(new):
                 return self._attend_together(new, query, key, value, scale)
         output = torch.zeros_like(query)
         for row, stream in enumerate(self.streams):

@@ -26,7 +26,8 @@ def can_attend_together(streams: Sequence[Stream]) -> bool:
     False for systems and latents, whose streams do more with their tokens.
     """
     kinds = {type(stream) for stream in streams}
-    return len(kinds) <= 1 and all(type(part) is KeyValueStream for stream in streams for part in stream.parts)
+    parts = {type(part) for stream in streams for part in stream.parts}
+    return kinds in ({KeyValueStream}, {GroupedStream}) and parts == {KeyValueStream}
 
 
 def attend_together(
