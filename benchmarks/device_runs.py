@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import functools
 import json
 import subprocess
@@ -13,10 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
-import transformers
 from lightning.pytorch import Callback
+from records import about
 from torch.utils.data import DataLoader
 
 from lrsa_lit.data.collate import collate
@@ -41,12 +39,9 @@ def in_processes(script: str, row: Path, flags: list[str], *, about: dict[str, A
 
 def write_record(path: Path, rows: list[dict[str, Any]], *, rule: Any, smoke: bool, **more: Any) -> None:
     """Write the rows of a benchmark with the device and the versions that made them."""
+    device = "cpu" if smoke else "cuda"
     record = {
-        "date": datetime.date.today().isoformat(),
-        "device": "cpu" if smoke else torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "lightning": lightning.__version__,
+        **about("transformers", "lightning", device=device),
         "dtype": "bfloat16",
         "rule": str(rule),
         "rows": rows,

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
 import statistics
 import sys
@@ -26,16 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-import triton
 from random_model import per_token, random_model, random_tokens
+from records import RESULTS, about
 from torch import Tensor
 from transformers import DynamicCache
 
 from lrsa_lit.attention import LRSACache, LRSAConfig, graphed_decoding, prefill, using
 from lrsa_lit.attention.decoding import Decoder
 
-RESULTS = Path(__file__).parent / "results"
 RULE = LRSAConfig(sink_size=16, lag_size=128, top_k=16)
 PROMPT, ANSWER = 4096, 24
 """Tokens of the longest prompt of a batch that is answered, and of each answer."""
@@ -52,11 +49,12 @@ def main(args: list[str] | None = None) -> int:
     path = options.out / "generate.json"
     options.out.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
-    versions = {"torch": torch.__version__, "triton": triton.__version__, "transformers": transformers.__version__}
-    about = {"date": datetime.date.today().isoformat(), "device": torch.cuda.get_device_name(), "dtype": "bfloat16"}
-    record.update(
-        about | versions, model=f"Llama-3.2-1B shape, {options.layers} layers, random weights", rule=str(RULE)
-    )
+    record |= about("transformers")
+    record |= {
+        "dtype": "bfloat16",
+        "model": f"Llama-3.2-1B shape, {options.layers} layers, random weights",
+        "rule": str(RULE),
+    }
     parts = {"prefill": _prefill_rows, "million": _million_rows, "answers": _answer_rows}
     for part in options.parts:
         for row in parts[part](model, options):

@@ -16,7 +16,6 @@ float64. Exits with 1 if the gate is red, or if at the longest length the forwar
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import json
 import sys
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import RESULTS
+from records import RESULTS, about
 from timing import GRAPHED, inputs, median, times
 
 from lrsa_lit.attention.decoding.decoder import _FilledLengths, _GroupedMemory, _LayerMemory, _Places
@@ -107,8 +106,8 @@ def main() -> int:
     if not gate(list(ragged.values()), shape):
         print("correctness gate: RED")
         return 1
-    about = {"date": datetime.date.today().isoformat(), "device": torch.cuda.get_device_name(), "dtype": "bfloat16"}
-    record: dict[str, Any] = {**about, "torch": torch.__version__, "shape": shape, "rule": options.rule, "rows": []}
+    more = {"dtype": "bfloat16", "shape": shape, "rule": options.rule}
+    record: dict[str, Any] = {**about(), **more, "rows": []}
     worst = 0.0
     for tokens in sorted(options.tokens):
         base = measured(equal, shape, tokens, options.repeats)

@@ -6,6 +6,8 @@ import itertools
 import pytest
 import torch
 from helpers import random_qkv
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lrsa_lit.ops.sparse_attention import (
     Centroids,
@@ -72,22 +74,49 @@ CALLS = [LENGTHS, [1, 5, 0, 19, 2, 30], [12, 1, 40, 1, 1, 0], [8, 8, 8, 8, 8, 8]
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@torch.no_grad()
 def test_rows_get_what_each_gets_alone_and_hold_the_same(rule):
+    assert_as_alone(rule, CALLS)
+
+
+def assert_as_alone(rule, calls):
     heads = len(rule.top_k) if isinstance(rule, HeadRules) else 2
-    whole = [random_qkv(sum(sizes), heads=heads, seed=row) for row, sizes in enumerate(zip(*CALLS, strict=True))]
+    totals = [max(sum(sizes), 1) for sizes in zip(*calls, strict=True)]
+    whole = [random_qkv(total, heads=heads, seed=row) for row, total in enumerate(totals)]
     streams, alone = ([empty(rule) for _ in whole] for _ in range(2))
-    with torch.no_grad():
-        for number, sizes in enumerate(CALLS):
-            rows = [row for row, size in enumerate(sizes) if size]
-            starts = [sum(call[row] for call in CALLS[:number]) for row in rows]
-            new = [
-                [part[:, :, start : start + sizes[row]] for part in whole[row]]
-                for row, start in zip(rows, starts, strict=True)
-            ]
-            outputs = together([streams[row] for row in rows], new)
-            for row, tokens, output in zip(rows, new, outputs, strict=True):
-                close(output, alone[row].attend(*tokens, SCALE))
-                assert_same_content(streams[row], alone[row])
+    for number, sizes in enumerate(calls):
+        rows = [row for row, size in enumerate(sizes) if size]
+        starts = [sum(call[row] for call in calls[:number]) for row in rows]
+        new = [
+            [part[:, :, start : start + sizes[row]] for part in whole[row]]
+            for row, start in zip(rows, starts, strict=True)
+        ]
+        outputs = together([streams[row] for row in rows], new)
+        for row, tokens, output in zip(rows, new, outputs, strict=True):
+            close(output, alone[row].attend(*tokens, SCALE))
+            assert_same_content(streams[row], alone[row])
+
+
+@st.composite
+def cases(draw):
+    lag = draw(st.integers(2, 8))
+    rule = Rule(
+        sink_size=draw(st.integers(0, 5)),
+        lag_size=lag,
+        top_k=draw(st.integers(0, lag)),
+        chunk_size=draw(st.one_of(st.none(), st.integers(1, 2 * lag + 1))),
+        compressor=draw(st.sampled_from([RULE.compressor, RandomTokens(2), QueryAttention(window=2)])),
+    )
+    rows = draw(st.integers(1, 4))
+    sizes = st.lists(st.integers(0, 30), min_size=rows, max_size=rows).filter(any)
+    return rule, draw(st.lists(sizes, min_size=1, max_size=4))
+
+
+@settings(max_examples=60)
+@given(cases())
+@torch.no_grad()
+def test_whatever_the_rule_and_the_calls(case):
+    assert_as_alone(*case)
 
 
 @pytest.mark.parametrize("name", ["lag-relative", "biased", "heads-differ"])
@@ -109,7 +138,7 @@ def test_gradients_are_those_of_rows_alone(name):
 @pytest.mark.parametrize(("name", "grad"), [("lag-relative", True), ("queries", False)])
 @pytest.mark.filterwarnings("ignore:overflow encountered in multiply")
 def test_kernels_give_rows_what_each_gets_alone(name, grad):
-    rows = [random_qkv(length, dim=16, seed=length, dtype=torch.float32, grad=grad) for length in (24, 22)]
+    rows = [random_qkv(length, heads=1, dim=16, seed=length, dtype=torch.float32, grad=grad) for length in (24, 22)]
     cuts = [(0, 20, 24), (0, 1, 22)]
     streams, alone = ([empty(RULES[name], "triton") for _ in rows] for _ in range(2))
     losses, wanted = [], []
