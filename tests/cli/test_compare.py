@@ -83,8 +83,10 @@ def test_systems_and_rule_are_compared_at_budgets_and_go_on(in_process, monkeypa
     assert len(in_process) == 1
     # What another file asks for does not lengthen the answers of this one.
     assert yaml.safe_load(Path("out/out.yaml").read_text())["data_sets"]["qa"]["max_new_tokens"] == 3
+    assert "Nothing was left" not in shown
     main([*arguments, "--no-mlflow"])
     assert len(in_process) == 1
+    assert "Nothing was left to evaluate: out/results.jsonl has all results\n" in capfd.readouterr().out
 
 
 def test_a_system_may_be_there_twice_with_the_question_seen_and_not(in_process, capfd):

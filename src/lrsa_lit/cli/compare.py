@@ -55,8 +55,11 @@ def run(arguments: Sequence[str]) -> None:
     works = runner.chosen(list(study.parts))
     with executor(options.on) as runs:
         questions.prepare(splits_of(works))
+        before = len(runner.results.lines)
         with resumable():
             runner.run(works, runs)
+    if before and len(runner.results.lines) == before and not runner.failed:
+        print(f"Nothing was left to evaluate: {options.to / 'results.jsonl'} has all results")
     if runner.results.lines:
         for section in at_budgets.write(study, runner.results.lines, options.to):
             _show(section.at_budgets, section.title)

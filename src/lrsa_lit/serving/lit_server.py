@@ -21,6 +21,8 @@ from lrsa_lit.serving.engine_loop import Shared
 from lrsa_lit.serving.serving_api import Load, ServingAPI
 
 _log = logging.getLogger(__name__)
+_FRONT_END = "LitServer"
+"""How LitServe names the processes that speak HTTP."""
 _MOST_BODY = 64 << 20
 
 
@@ -85,13 +87,17 @@ def _ended_by_signals(shared: Shared, drain: int) -> Iterator[None]:
             noun = "request" if count == 1 else "requests"
             wait = f", for at most {drain} s" if count else ""
             _log.info("Stopping: %d %s still to be answered%s; no more are accepted", count, noun, wait)
+            # LitServe ends them one after another, and the later ones would accept requests meanwhile.
+            for process in multiprocessing.active_children():
+                if process.name.startswith(_FRONT_END):
+                    process.terminate()
         raise KeyboardInterrupt
 
     def end(number: int, frame: FrameType | None) -> None:
         if os.getpid() == own:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             interrupt(number, frame)
-        if multiprocessing.current_process().name.startswith("LitServer"):
+        if multiprocessing.current_process().name.startswith(_FRONT_END):
             # Uvicorn raises the signal again after its shutdown.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.raise_signal(signal.SIGTERM)
