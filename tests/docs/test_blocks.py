@@ -105,6 +105,12 @@ def test_all_languages_are_known():
     assert {block.language for block in BLOCKS} <= LANGUAGES
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_no_page_installs_this_package_from_a_registry(page):
+    """It is on none, so anybody could publish another package under its name."""
+    assert not re.search(r"pip install (-U )?['\"]?lrsa-lit|pypi\.org/project/lrsa-lit", page.read_text())
+
+
 PARSED, RUN = ([block for block in SHELL if block.parsed is parsed] for parsed in (True, False))
 
 
