@@ -46,6 +46,8 @@ def test_peers_that_are_missing_are_skipped_with_a_line(tmp_path, capsys, monkey
     monkeypatch.setattr(attention_peers, "gate", lambda _: True)
     monkeypatch.setattr(attention_peers, "lrsa", lambda *_: {"forward": 1.0, "both": 2.0})
     options = ["--device", "cpu", "--cells", "4/2/16:32/8:70", "--repeats", "1", "--out", str(tmp_path)]
+    assert attention_peers.main([*options, "--seconds", "-1"]) == 0
+    assert capsys.readouterr().out == "1 cells left for another run: 4/2/16 L=32 K=8 T=70\n"
     assert attention_peers.main([*options, "--peers", "flash", "fa4", "nsa"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sum("skipped: needs" in line for line in lines) == 3
