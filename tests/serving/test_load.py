@@ -11,6 +11,8 @@ from lrsa_lit.attention import enable
 from lrsa_lit.models.tiny import tiny_model
 
 REQUESTS, CLIENTS = 1000, 32
+TOKENS = 8
+"""Of an answer: as many as a partition, so that each compresses one."""
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +35,11 @@ def bytes_of(server):
 @pytest.mark.slow
 def test_a_thousand_requests(server):
     model, client, draw = enable(tiny_model().eval(), RULE).double(), server.client(), random.Random(0)
-    texts = [f"{'A sentence of the book. ' * draw.randrange(12)}Question {number}" for number in range(40)]
-    expected = [text_alone(model, text, 12) for text in texts]
+    texts = [f"{'A sentence of the book. ' * draw.randrange(6)}Question {number}" for number in range(40)]
+    expected = [text_alone(model, text, TOKENS) for text in texts]
 
     def one(number):
-        given = {"model": "tiny", "messages": chat(texts[number % 40])[0], "temperature": 0, "max_tokens": 12}
+        given = {"model": "tiny", "messages": chat(texts[number % 40])[0], "temperature": 0, "max_tokens": TOKENS}
         if number % 4:
             return client.chat.completions.create(**given).choices[0].message.content
         chunks = client.chat.completions.create(stream=True, **given)
