@@ -9,7 +9,6 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import yaml
 from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -42,6 +41,7 @@ from lrsa_lit.strategies import FullySharded, shards_weights
 from lrsa_lit.tracking import RecordConfig
 from lrsa_lit.tracking.logger import mlflow_run
 from lrsa_lit.uris import register
+from lrsa_lit.yaml_file import dumped_settings
 
 _log = logging.getLogger("lrsa_lit")
 # Classes that settings may build: for settings without a type, the parser would build any class.
@@ -50,8 +50,6 @@ _KINDS = (
     *{kind for kind in _OF_TRAINER if kind.__module__.startswith("lightning.")},
     *(Optimizer, LRScheduler),
 )
-# Libyaml is ten times as fast, where PyYAML is built with it.
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _SWITCHES = {"enable_progress_bar": ProgressBar, "enable_checkpointing": Checkpoint}
 
 
@@ -121,7 +119,7 @@ class RunCLI(OpenCLI):
         preflight.check_amounts(str(self.subcommand), trainer)
         preflight.check_loggers(trainer.get("logger"))
         # The settings that decide the weights; checkpoints are compared with them.
-        self.settings = resume.settings_of(yaml.load(self.dumped(), _LOADER))
+        self.settings = resume.settings_of(dumped_settings(self.dumped()))
         if self.instead():
             # It must not leave traces of a run.
             trainer.logger, trainer.callbacks = False, []

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
@@ -26,6 +25,7 @@ from lrsa_lit.tracking.artifacts import others_of, run_folder
 from lrsa_lit.tracking.logger import MLflowRun, mlflow_run, run_of
 from lrsa_lit.tracking.machine import git, versions
 from lrsa_lit.tracking.params import beside_defaults, flatten
+from lrsa_lit.yaml_file import dumped_settings
 
 _PACKAGES = ("lrsa-lit", "torch", "lightning", "transformers", "triton", "datasets", "peft", "mlflow")
 _CONTEXTS = {"train": "training", "val": "validation", "test": "testing"}
@@ -80,7 +80,7 @@ class RecordConfig(SaveConfigCallback):
         text = redacted(
             self.parser.dump(_repeatable(self.config), skip_none=False, skip_link_targets=False, format="yaml")
         )
-        values = yaml.safe_load(text)
+        values = dumped_settings(text)
         parts = {key: values[key] for key in ("model", "data", "trainer") if values.get(key)}
         ratio = _kv_ratio(trainer, pl_module)
         for other in others:
@@ -88,6 +88,8 @@ class RecordConfig(SaveConfigCallback):
         if logger is None:
             write_atomically(run_folder(trainer) / "config.yaml", lambda file: file.write(text.encode()))
             return
+        from mlflow.entities import RunTag
+
         with logger.answering():
             client, run_id = logger.experiment, logger.run_id
             if not logger.named and not logger.continues:
@@ -95,8 +97,8 @@ class RecordConfig(SaveConfigCallback):
             client.log_text(run_id, text, "config.resumed.yaml" if logger.continues else "config.yaml")
             _log_params(logger, beside_defaults(parts) | ratio, flatten(parts) | ratio)
             tags = {"rule": rule_name(values["model"])} | circumstances(values, trainer)
-            for name, value in (tags | _evaluated(values, self.command)).items():
-                client.set_tag(run_id, name, value)
+            tags |= _evaluated(values, self.command)
+            client.log_batch(run_id, tags=[RunTag(name, str(value)) for name, value in tags.items()])
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         """Number the steps of a resumed fit without a gap: Lightning counts a batch interrupted by Ctrl-C as done."""
