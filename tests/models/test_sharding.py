@@ -29,6 +29,12 @@ def backbone(**options):
     return enable(Backbone("tiny", **options).build(), RULE)
 
 
+def adapted(**options):
+    # Adapters begin with random weights.
+    torch.manual_seed(0)
+    return backbone(lora=LoRA(rank=4), **options)
+
+
 def tied():
     config = tiny_model().config
     config.tie_word_embeddings = True
@@ -40,9 +46,9 @@ MODELS = {
     "full": lambda: backbone(),
     "tied": tied,
     "recomputed": lambda: backbone(gradient_checkpointing=True),
-    "lora": lambda: backbone(lora=LoRA(rank=4), gradient_checkpointing=True),
+    "lora": lambda: adapted(gradient_checkpointing=True),
     # Adapters are in float32 above a frozen base in bfloat16.
-    "lora on bf16": lambda: backbone(lora=LoRA(rank=4), dtype="bfloat16"),
+    "lora on bf16": lambda: adapted(dtype="bfloat16"),
 }
 
 

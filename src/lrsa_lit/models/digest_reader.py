@@ -9,11 +9,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import silu
 from transformers import PreTrainedConfig
 
 from lrsa_lit.attention.budgets import heads_of
 from lrsa_lit.errors import UserError
+from lrsa_lit.ops.sdpa import sdpa
 from lrsa_lit.ops.sparse_attention import Rotary
 
 _SPREAD = 0.02
@@ -104,7 +105,7 @@ class _Layer(nn.Module):
         )
         query, key = rotary.rotate(query, behind).to(value.dtype), rotary.rotate(key, at).to(value.dtype)
         # The fused kernels compute the softmax in float32.
-        attended = scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=True)
+        attended = sdpa(query, key, value, mask=seen, enable_gqa=True)
         hidden = hidden + self.o(attended.transpose(1, 2).flatten(2))
         inner = self.norm_inner(hidden)
         changed: Tensor = hidden + self.down(silu(self.gate(inner)) * self.up(inner))

@@ -14,10 +14,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 
 from lrsa_lit.bounds import check_setting, is_integer
 from lrsa_lit.errors import UserError
+from lrsa_lit.ops.sdpa import sdpa
 from lrsa_lit.ops.sparse_attention import Impl, KeyValueStream, Stream
 from lrsa_lit.systems.system import Place, System
 
@@ -171,9 +172,7 @@ class Masks:
             mask = torch.where(chosen == 0, seen[0], torch.where(chosen == 1, seen[1], seen[2]))
             queries = self.query[:, :, :, numbers[0] : numbers[-1] + 1]
             keys, values = (rows[:, :, None].expand(-1, -1, patterns.shape[2], -1, -1) for rows in (self.key, value))
-            outputs.append(
-                scaled_dot_product_attention(queries, keys, values.to(keys.dtype), attn_mask=mask, scale=self.scale)
-            )
+            outputs.append(sdpa(queries, keys, values.to(keys.dtype), mask=mask, scale=self.scale))
             pairs += mask.sum(dim=(-2, -1))
         return torch.cat(outputs, dim=3).to(value.dtype), pairs
 

@@ -11,9 +11,9 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from lrsa_lit.bounds import check_setting, is_integer, is_weight
+from lrsa_lit.ops.sdpa import sdpa
 from lrsa_lit.ops.sparse_attention import Impl, KeyValueStream, Stream
 from lrsa_lit.ops.sparse_attention.clustering import cluster_members
 from lrsa_lit.ops.sparse_attention.compressors import gather_kept
@@ -256,5 +256,4 @@ class SqueezedStream(KeyValueStream):
             self.reads.append(read.sum(dim=-1) + looked_up)
         visible = (read[:, :, None] & causal).repeat(1, 1, query.shape[2], 1)
         rows = query.flatten(2, 3)
-        output: Tensor = scaled_dot_product_attention(rows, keys, values, attn_mask=visible, scale=scale)
-        return output.reshape(query.shape)
+        return sdpa(rows, keys, values, mask=visible, scale=scale).reshape(query.shape)

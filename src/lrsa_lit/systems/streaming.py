@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 
+from lrsa_lit.ops.sdpa import sdpa
 from lrsa_lit.ops.sparse_attention import Stream, attended_pairs, dense_attention
 from lrsa_lit.ops.sparse_attention.buffer import Pair, joined
 
@@ -60,7 +61,7 @@ def _in_blocks(query: Tensor, sinks: Pair, raw: Pair, recent: int, scale: float)
     place, seen = (torch.arange(size, device=query.device) for size in (block, recent + block))
     visible = (seen > place[:, None]) & (seen <= place[:, None] + recent)
     visible = pad(visible, (sinks[0].shape[2], 0), value=True).repeat(queries.shape[2], 1)
-    output: Tensor = scaled_dot_product_attention(rows, keys, values, attn_mask=visible, scale=scale)
+    output = sdpa(rows, keys, values, mask=visible, scale=scale)
     blocks = (
         output.unflatten(0, (batch, -1)).unflatten(3, (-1, block)).permute(0, 2, 3, 1, 4, 5)
     )  # (B, H, G, blocks, …)

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from lrsa_lit.ops.sdpa import sdpa
 from lrsa_lit.ops.sparse_attention.buffer import Pair, Seen, joined
 from lrsa_lit.ops.sparse_attention.geometry import Span, compact_size, raw_start, spans
 from lrsa_lit.ops.sparse_attention.rule import Rule
@@ -106,8 +106,7 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, length: Tensor, scale:
     key, value = (rows.masked_fill(~filled[:, None, :, None], 0.0) for rows in (key, value))
     grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
     visible = filled[:, None, None]
-    output: Tensor = functional.scaled_dot_product_attention(grouped, key, value, attn_mask=visible, scale=scale)
-    return output.reshape(query.shape)
+    return sdpa(grouped, key, value, mask=visible, scale=scale).reshape(query.shape)
 
 
 def _visible(compact: Tensor, raw: Tensor, span: Span, rule: Rule, raw_offset: int) -> Tensor:
@@ -130,5 +129,4 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
         visible = mask.repeat(group, 1)
     # The query heads of a group share their keys: fold them into the rows of one product instead of repeating keys.
     rows = query.flatten(2, 3)
-    folded: Tensor = functional.scaled_dot_product_attention(rows, key, value, attn_mask=visible, scale=scale)
-    return folded.reshape(*query.shape[:-1], value.shape[-1])
+    return sdpa(rows, key, value, mask=visible, scale=scale).reshape(*query.shape[:-1], value.shape[-1])
