@@ -8,7 +8,7 @@ from experiments.shipped_studies import ROOT, opened
 
 from lrsa_lit.experiments.report.document import Blocks, results_of
 
-STUDIES = {"robustness": "results", "objectives": "objectives", "claim": "claim"}
+STUDIES = {"robustness": "results", "objectives": "objectives", "claim": "claim", "systems": "systems"}
 PAGES = sorted((ROOT / "docs" / "study").glob("*.md"))
 DOCUMENTS = [ROOT / "README.md", ROOT / "RESULTS.md", *PAGES]
 BLOCK = re.compile(r"<!-- study:(\S+) -->\n(.*?)<!-- /study -->", re.DOTALL)
