@@ -9,7 +9,7 @@ RANGE_TESTS := tests/test_ranges.py tests/attention tests/models tests/tasks tes
 	$(addprefix tests/data/test_,token_cache.py loaders.py module.py) tests/ops/triton/test_decoding.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup browser fit test test-fast test-gpu test-ranges lint format docs docs-serve figures schema results ui clean
+.PHONY: help setup browser fit test test-fast test-gpu test-ranges lint format docs docs-serve figures notebooks schema results ui clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -72,6 +72,14 @@ figures: setup ## Draw the picture of the rule, and record what `make fit` print
 	$(BIN)/python docs/draw_method.py
 	COLUMNS=100 $(BIN)/lrsa fit $(QUICKSTART) | sed -n '/Validation on/,$$p' \
 	  | sed 's#$(CURDIR)#/home/you/lrsa-lit#; s/ *$$//' > docs/figures/quickstart.txt
+
+notebooks: setup ## Record the runs that the notebooks show, and run the notebooks again (an hour on 2 CPU cores)
+	$(BIN)/lrsa fit $(QUICKSTART) --config configs/experiment/selections.yaml --model.evaluate '{}' --seed_everything 1
+	for seed in 0 1; do for k in 8 16 32; do $(BIN)/lrsa fit $(QUICKSTART) --model.lrsa.top_k $$k --seed_everything $$seed \
+	  --trainer.logger.init_args.experiment_name quickstart-rules --trainer.max_steps 16 --trainer.val_check_interval 16 \
+	  --validate_first false --model.evaluate '{}' || exit; done; done
+	$(BIN)/jupytext --sync notebooks/*.py
+	$(BIN)/python docs/run_notebooks.py
 
 schema: setup ## Write configs/schema.json, with which editors complete YAML
 	$(BIN)/lrsa schema > configs/schema.json.new && mv configs/schema.json.new configs/schema.json

@@ -19,6 +19,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 sys.path.insert(0, str(Path(__file__).parent))
+import notebook
 import reference
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +32,7 @@ DOCUMENTS = {
     "data/README.md": "reference/data.md",
     "benchmarks/LOG.md": "performance/log.md",
     "src/lrsa_lit/ops/sparse_attention/README.md": "concepts/operator.md",
+    **{f"notebooks/{path.name}": f"notebooks/{path.stem}.md" for path in ROOT.glob("notebooks/*.ipynb")},
 }
 """Pages of the site that are kept elsewhere in the repository."""
 _ORIGINS = {page: document for document, page in DOCUMENTS.items()}
@@ -44,15 +46,24 @@ _LANGUAGES = {".py": "python", ".yaml": "yaml", ".jsonl": "json", ".json": "json
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the documents, the reference, and the files that any page links to."""
     for document, page in DOCUMENTS.items():
-        files.append(File.generated(config, page, content=(ROOT / document).read_text(encoding="utf-8")))
+        if document.endswith(".ipynb"):
+            text, pictures = notebook.page(ROOT / document)
+            for name, picture in pictures.items():
+                files.append(File.generated(config, f"notebooks/{name}", content=picture))
+        else:
+            text = (ROOT / document).read_text(encoding="utf-8")
+        files.append(File.generated(config, page, content=text))
     for page, text in _reference():
         files.append(File.generated(config, page, content=text))
     linked = {target for file in list(files.documentation_pages()) for target in _linked(file)}
     for target in sorted(linked - {_source(file.src_uri) for file in files if file.inclusion.is_included()}):
         path, page = ROOT / target, _page_of(target)
+        if not path.exists():
+            # A notebook's picture, or a mistake, of which mkdocs complains.
+            continue
         if path.suffix in (".png", ".svg"):
             files.append(File.generated(config, page, abs_src_path=str(path)))
-        elif path.exists():
+        else:
             files.append(File.generated(config, page, content=_shown(path, target)))
     return files
 

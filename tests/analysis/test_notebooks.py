@@ -1,6 +1,7 @@
 """The notebooks run on recorded runs, and the two files of each say the same."""
 
 import json
+import re
 import sys
 
 import jupytext
@@ -18,6 +19,8 @@ from lrsa_lit.experiments.questions import Questions, splits_of
 from lrsa_lit.paths import shipped
 
 NOTEBOOKS = shipped("notebooks/compare_runs.py").parent
+HOME = "/home/you/lrsa-lit"
+"""The checkout in stored outputs, wherever they were made."""
 NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.py"))
 
 
@@ -88,16 +91,17 @@ def test_notebooks_run_on_recorded_runs(checkout, monkeypatch):
     assert {name: kinds_shown(cells) for name, cells in done.items()} == {
         "attention_selections": [None, text, page, image, image, page, image, image, image, image],
         "compare_runs": [None, page, page, image, image, image, page, image, page, page],
-        "robustness": [None, text, page, page, image, page, None, image, page, image, image, page, page, text],
+        "robustness": [None, None, page, page, image, page, None, image, page, image, image, page, page, text],
     }
     outputs = [cell.outputs for cells in done.values() for cell in code_cells(cells)]
     said = {"".join(output.text for output in each if output.output_type == "stream") for each in outputs} - {""}
     store = f"Runs of {checkout / 'runs/mlflow.db'}\nExperiment quickstart, the latest; others: Default\n"
-    assert said == {store, f"Results of {checkout / 'study/results.jsonl'}\n"}, "noise"
+    parts = f"Results of {checkout / 'study/results.jsonl'}\n{', '.join(tiny_study.STUDY['parts'])}\n"
+    assert said == {store, parts}, "noise"
     (chosen,) = [output for output in code_cells(done["attention_selections"])[1].outputs if "data" in output]
     assert chosen["data"][text] == "('tiny-L32-K8-s0', [0, 4])"
     (asked,) = code_cells(done["robustness"])[-1].outputs
-    assert asked["data"][text] == "{'question': 'Which?', 'answers': ['a0', 'b']}"
+    assert asked["data"][text] == "{'question': 'Which?', 'answers': ['a2', 'b']}"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -108,10 +112,15 @@ def test_the_two_files_of_a_notebook_are_in_step(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_notebooks_hold_no_outputs_and_define_nothing(name):
-    for cell in code_cells(read(name).cells):
-        assert cell.outputs == []
-        assert cell.execution_count is None
+def test_notebooks_hold_the_outputs_of_one_run_and_define_nothing(name):
+    text = (NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8")
+    assert set(re.findall(r"/\w+/[\w/.-]+\.(?:db|jsonl)", text)) <= {
+        f"{HOME}/runs/mlflow.db",
+        f"{HOME}/study/results.jsonl",
+    }
+    for number, cell in enumerate(code_cells(read(name).cells), 1):
+        assert cell.execution_count == number, "run: make notebooks"
+        assert {output.output_type for output in cell.outputs} <= {"stream", "display_data", "execute_result"}
         assert not [
             line for line in cell.source.splitlines() if line.lstrip().startswith(("def ", "class ", "lambda "))
         ]

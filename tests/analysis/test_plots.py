@@ -182,7 +182,7 @@ def test_f1_has_a_line_for_each_model_and_lag_size():
     bars = [segment[:, 1].tolist() for segment in first.lines[2][0].get_segments()]
     np.testing.assert_allclose(bars, [[0.2, 0.5], [0.5, 0.65]])
     assert axes.get_xlabel() == "kept share (K/L)"
-    assert axes.get_title("left") == "F1 against kept share"
+    assert axes.get_title("left") == "F1 by kept share"
     assert [text.get_text() for text in axes.texts[:3]] == ["K8", "K16", "K8"]
 
 
@@ -193,9 +193,10 @@ def test_what_no_run_recorded_is_said_and_not_drawn():
 
 
 def test_differences_are_drawn_about_zero():
-    pairs = pd.DataFrame([{"first": "a", "second": "b", "mean": 0.2, "low": -0.1, "high": 0.3}])
+    pairs = pd.DataFrame([{"first": "m L8 K1", "second": "m L8 K2", "mean": 0.2, "low": -0.1, "high": 0.3}])
     (axes,) = plots.differences(pairs).axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["a minus b"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["K1 minus K2"]
+    assert axes.texts[0].get_text().startswith("m L8; bars: 95 % CI")
     (bar,) = axes.containers[0].lines[2][0].get_segments()
     np.testing.assert_allclose(bar[:, 0], [-0.1, 0.3])
     assert any(line.get_xdata() == [0, 0] for line in axes.get_lines() if line.get_linestyle() == ":")

@@ -38,6 +38,10 @@ def test_the_site_builds_without_a_warning_and_has_every_page(tmp_path, caplog, 
     assert "data.init_args.max_tokens" in text
     commands = (tmp_path / "reference" / "commands.html").read_text(encoding="utf-8")
     assert "usage: lrsa export" in commands
+    kept = (tmp_path / "notebooks" / "attention_selections.html").read_text(encoding="utf-8")
+    pictures = re.findall(r'<img alt="[^"]+" src="(attention_selections-\d+\.png)" width="\d+"', kept)
+    assert len(pictures) == 6
+    assert all((tmp_path / "notebooks" / picture).is_file() for picture in pictures)
     assert "sparse_attention" in (tmp_path / "reference" / "python.html").read_text(encoding="utf-8")
 
 

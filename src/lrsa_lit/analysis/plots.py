@@ -237,7 +237,7 @@ def f1_against(rules: pd.DataFrame, column: str, label: str) -> Figure:
         axes.errorbar(line[column], line["f1"], errors, fmt="o-", capsize=3, label=title_of_run(model, lag_size))
         for _, row in line.dropna(subset=["top_k"]).iterrows():
             axes.annotate(f"K{row['top_k']:g}", (row[column], row["f1"]), xytext=(5, 4), textcoords="offset points")
-    entitle(axes, f"F1 against {label.partition(' (')[0]}", "bars: 95 % CI over seeds and questions")
+    entitle(axes, f"F1 by {label.partition(' (')[0]}", "bars: 95 % CI over seeds and questions")
     axes.set(xlabel=label, ylabel="F1", ylim=SCORES)
     if lines.ngroups:
         legend(axes)
@@ -253,8 +253,14 @@ def differences(pairs: pd.DataFrame) -> Figure:
     errors = np.stack([pairs["mean"] - pairs["low"], pairs["high"] - pairs["mean"]])
     axes.errorbar(pairs["mean"], rows, xerr=errors, fmt="o", capsize=3, color=OKABE_ITO[0])
     axes.axvline(0, linestyle=":", color="grey")
-    axes.set_yticks(rows, [f"{one} minus {other}" for one, other in zip(pairs["first"], pairs["second"], strict=True)])
-    entitle(axes, "Differences in F1 on the same questions", "bars: 95 % CI; one that includes 0 may be chance")
+    names = [[name.split(" ") for name in pairs[side]] for side in ("first", "second")]
+    # The model's name would take most of the figure.
+    columns = zip(*(words[:-1] for side in names for words in side), strict=False)
+    shared = [words[0] for words in itertools.takewhile(lambda words: len(set(words)) == 1, columns)]
+    apart = [[" ".join(words[len(shared) :]) for words in side] for side in names]
+    axes.set_yticks(rows, [f"{one} minus {other}" for one, other in zip(*apart, strict=True)])
+    about = "bars: 95 % CI; one that includes 0 may be chance"
+    entitle(axes, "Differences in F1 on the same questions", "; ".join(filter(None, (" ".join(shared), about))))
     axes.set(xlabel="difference in F1", ylim=(len(pairs) - 0.5, -0.5))
     return figure
 

@@ -9,7 +9,7 @@ from experiments.tiny_study import STUDY
 from helpers import one_line
 
 from lrsa_lit.errors import UserError
-from lrsa_lit.experiments.report.bars import Bars, claim_of
+from lrsa_lit.experiments.report.bars import Bars, claim_of, table_of
 from lrsa_lit.experiments.report.cells import Cells
 
 
@@ -26,6 +26,7 @@ def test_a_share_of_dense_training_is_that_of_the_best(lrsa, wanted, tmp_path):
     found = verdict(study, ("dense", "dense", 0.8), ("lrsa", "4x", lrsa), ("mixed", "4x", 0.2), ("lrsa", "dense", 0.9),
                     ("dense", "4x", 1.0), ("base", "4x", 1.0), ("lrsa", "random-4x", 1.0))  # fmt: skip
     assert found.verdict == wanted
+    assert table_of([found]).frame()["verdict"].tolist() == [wanted.replace("**", "")]
     assert found.reached.startswith(f"{lrsa / 0.8:.1%} [")
     # Neither dense attention nor dense training counts, nor the untrained model, nor another choice of tokens.
     assert found.by.startswith("lrsa under 4x (kept 25.0%, pairs 50.0%), compared with dense, 1 seed; best of 2, ")

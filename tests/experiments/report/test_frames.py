@@ -4,7 +4,7 @@ import math
 
 import pandas as pd
 import pytest
-from experiments.report.lines import evaluation, evaluations, scores
+from experiments.report.lines import evaluation, evaluations, scores, study_of
 from helpers import refused
 
 from lrsa_lit.cli.study import open_study
@@ -12,6 +12,7 @@ from lrsa_lit.errors import UserError
 from lrsa_lit.experiments.report import places
 from lrsa_lit.experiments.report.cells import Cells, Table
 from lrsa_lit.experiments.report.document import results_of
+from lrsa_lit.experiments.report.evidence import perplexity
 from lrsa_lit.experiments.report.tables import full, matrix
 from lrsa_lit.paths import nearest
 
@@ -28,6 +29,17 @@ def test_a_matrix_has_a_place_for_what_is_not_measured(cells):
     found = matrix(Table(cells, "main", "plain")).frame(intervals=False)
     wanted = pd.DataFrame({"trained": ["dense", "lrsa"], "seeds": 1, "dense": [0.8, math.nan], "4x": [0.4, 0.6]})
     pd.testing.assert_frame_equal(found, wanted)
+
+
+def test_perplexities_of_frames_are_no_losses(tmp_path):
+    study = study_of(tmp_path)
+    line = evaluation(study, "dense", "4x", [0.0, 0.0], data_set="text")
+    line |= {"f1": [], "em": [], "recall": [], "loss": [1.0, 5.0], "tokens": [1, 2]}
+    cells = Cells(study, [line])
+    table = Table(cells, "main", "text")
+    for grid, column in ((perplexity(cells), "perplexity"), (full(table), "perplexity"), (matrix(table), "4x")):
+        assert grid.frame(intervals=False)[column].dropna().tolist() == pytest.approx([math.exp(2.0)])
+    assert full(table).frame()["loss"].tolist() == [2.0]
 
 
 def test_a_row_own_attention_is_a_column_if_it_is_another(cells):

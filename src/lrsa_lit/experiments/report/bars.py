@@ -266,7 +266,8 @@ class Bars:
 def table_of(verdicts: Sequence[Verdict]) -> Grid:
     """A row per bar, with the cells that reached it."""
     fields = {name: name for name in Verdict._fields[:4]} | {"by": "measured on"}
-    return Grid([Column(title, [getattr(item, name) for item in verdicts]) for name, title in fields.items()], names=5)
+    values = {title: [getattr(item, name) for item in verdicts] for name, title in fields.items()}
+    return Grid([Column(title, texts, number=_without_bold) for title, texts in values.items()], names=5)
 
 
 def claim_of(verdicts: Sequence[Verdict]) -> Grid:
@@ -289,6 +290,10 @@ def claim_of(verdicts: Sequence[Verdict]) -> Grid:
         ],
         names=2,
     )
+
+
+def _without_bold(text: str) -> str:
+    return text.replace("**", "")
 
 
 def _fits(bar: Settings, cell: Cell) -> bool:

@@ -80,11 +80,7 @@ def interval(estimate: Estimate, form: str = ".3f") -> str:
 
 signed = partial(interval, form="+.3f")
 percent = partial(interval, form=".1%")
-
-
-def perplexity(loss: Estimate) -> str:
-    """Format the perplexity of a loss in nats per token."""
-    return interval(loss.exp(), ".2f")
+hundredths = partial(interval, form=".2f")
 
 
 def share(value: float) -> str:

@@ -32,8 +32,8 @@ def perplexity(cells: Cells) -> Grid:
     """A row per cell: the share of pairs kept, and the perplexity."""
     found = texts(cells)
     names = Column("text", [cell.line["set"] for cell in found])
-    losses = Column("perplexity", [cell.estimate("loss") for cell in found], columns.perplexity)
-    return Grid([names, *columns.about(found), *columns.shares(found), losses], names=3)
+    values = Column("perplexity", [cell.estimate("loss").exp() for cell in found], columns.hundredths)
+    return Grid([names, *columns.about(found), *columns.shares(found), values], names=3)
 
 
 def pairs(cells: Cells) -> list[tuple[Cell, Cell]]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from lrsa_lit.evaluation import statistics
-from lrsa_lit.evaluation.statistics import Comparison
+from lrsa_lit.evaluation.statistics import Comparison, Estimate
 from lrsa_lit.experiments.report import columns
 from lrsa_lit.experiments.report.cells import Entry, Table
 from lrsa_lit.experiments.report.columns import Column, Grid
@@ -38,15 +38,15 @@ def matrix(table: Table) -> Grid:
     for cell in table.cells:
         rows[cell.row] = max(rows.get(cell.row, 0), len(cell.lines))
 
+    def value(entry: Entry) -> Estimate:
+        return entry.score.exp() if table.measure == "loss" else entry.score
+
     def shown(entry: Entry) -> str:
         if table.measure == "loss":
-            return columns.perplexity(entry.score)
+            return columns.hundredths(value(entry))
         return columns.interval(entry.score) + (f"\n{columns.percent(entry.of_dense.ratio)}" if entry.of_dense else "")
 
-    scores = [
-        Column(name, [table.entry(row, name) for row in rows], shown, lambda entry: entry.score)
-        for name in table.attentions
-    ]
+    scores = [Column(name, [table.entry(row, name) for row in rows], shown, value) for name in table.attentions]
     return Grid([Column("trained", list(rows)), Column("seeds", list(rows.values())), *scores], names=1)
 
 
@@ -55,8 +55,8 @@ def full(table: Table) -> Grid:
     cells, scores = table.cells, [entry.score for entry in table.entries]
     shown = [*columns.about(cells), *columns.shares(cells)]
     if table.measure == "loss":
-        losses = [Column("loss", scores, columns.interval), Column("perplexity", scores, columns.perplexity)]
-        return Grid([*shown, *losses])
+        perplexities = Column("perplexity", [score.exp() for score in scores], columns.hundredths)
+        return Grid([*shown, Column("loss", scores, columns.interval), perplexities])
     means = [float(cell.scores("loss").sum() / cell.scores("tokens").sum()) for cell in cells]
     ratios = [entry.of_dense.ratio if entry.of_dense else None for entry in table.entries]
     shown += [
