@@ -37,7 +37,7 @@ _WHITE, _DARK = "#ffffff", "#00204c"
 _SHADES = LinearSegmentedColormap.from_list("kept", [_WHITE, _DARK])
 _UNCOMPRESSED, _EDGE, _GREY = "#e8e8e8", "#a0a0a0", "#555555"
 _GOLD, _ANSWER = OKABE_ITO[4], OKABE_ITO[1]
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": _GREY,
     "axes.grid": True,
@@ -278,14 +278,15 @@ def subplots(rows: int, columns: int, *, size: tuple[float, float], **options: A
 def entitle(axes: Axes, title: str, about: str = "") -> None:
     """Add a title that says what is shown, and below it in grey a line about it, such as the run."""
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=22 if about else 7)
-    line = {"xycoords": "axes fraction", "textcoords": "offset points", "color": _GREY, "fontsize": 10}
-    axes.annotate(about, (0, 1), xytext=(0, 7), annotation_clip=False, **line)
+    fraction, points = "axes fraction", "offset points"
+    axes.annotate(about, (0, 1), (0, 7), fraction, points, annotation_clip=False, color=_GREY, fontsize=10)
 
 
 def legend(axes: Axes, title: str | None = None) -> None:
     """Add a legend beside the axes."""
-    place = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
-    axes.legend(title=title, frameon=False, fontsize=10, title_fontsize=10, alignment="left", **place)
+    beside = axes.legend(title=title, frameon=False, fontsize=10, loc="upper left", bbox_to_anchor=(1, 1))
+    beside.set_alignment("left")
+    beside.get_title().set_fontsize(10)
 
 
 def _name_layers(axis: Axis, layers: Sequence[int]) -> None:
@@ -303,7 +304,7 @@ def _apart(records: Sequence[SelectionRecord]) -> tuple[list[str], str]:
     """Names of records that differ, and what they have in common: the model and the rule, or nothing."""
     names = [_name(record) for record in records]
     shared = {name.rpartition(", ")[0] for name in names}
-    return ([name.rpartition(", ")[2] for name in names], *shared) if len(shared) == 1 else (names, "")
+    return ([name.rpartition(", ")[2] for name in names], shared.pop()) if len(shared) == 1 else (names, "")
 
 
 def _name(record: SelectionRecord) -> str:
