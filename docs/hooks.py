@@ -19,7 +19,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 sys.path.insert(0, str(Path(__file__).parent))
-import notebook
+import notebook_pages
 import reference
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +47,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the documents, the reference, and the files that any page links to."""
     for document, page in DOCUMENTS.items():
         if document.endswith(".ipynb"):
-            text, pictures = notebook.page(ROOT / document)
+            text, pictures = notebook_pages.page(ROOT / document)
             for name, picture in pictures.items():
                 files.append(File.generated(config, f"notebooks/{name}", content=picture))
         else:
