@@ -24,7 +24,8 @@ class PlainConsole(Console):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options | {"markup": False, "emoji": False, "highlight": False})
-        if not (self.is_terminal or options.get("width") or os.environ.get("COLUMNS")):
+        # A notebook has its own width.
+        if not (self.is_terminal or self.is_jupyter or options.get("width") or os.environ.get("COLUMNS")):
             self.width = _FILE_WIDTH
 
     def render_str(self, text: str, **options: Any) -> Text:

@@ -121,10 +121,10 @@ def test_without_a_schedule_a_run_goes_on_as_long_as_it_is_told(elsewhere, caplo
     fit = [*FIT, "--model.lr_scheduler", "null", "--trainer.val_check_interval", "9"]
     main([*fit, "--trainer.max_steps", "1"])
     main([*fit, "--trainer.max_steps", "1", *LAST])
-    assert f"{CHECKPOINTS}/last.ckpt is at trainer.max_steps 1, so there is nothing left to train" in caplog.text
+    assert "last.ckpt is at step 1, and trainer.max_steps is 1: nothing is left to train" in caplog.text
     caplog.clear()
     main([*fit, "--trainer.max_steps", "2", *LAST])
-    assert "nothing left" not in caplog.text
+    assert "is left to train" not in caplog.text
     assert torch.load(f"{CHECKPOINTS}/last.ckpt", weights_only=True)["global_step"] == 2
 
 

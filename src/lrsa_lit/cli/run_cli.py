@@ -178,7 +178,8 @@ class RunCLI(OpenCLI):
         steps = self.trainer.max_steps
         same = resume.check_continues(checkpoint, found, self.settings, self.trainer.world_size, steps)
         if 0 < steps <= found.step:
-            _log.info("%s is at trainer.max_steps %d, so there is nothing left to train", checkpoint, steps)
+            at = f"{checkpoint} is at step {found.step}, and trainer.max_steps is {steps}"
+            _log.info("%s: nothing is left to train", at)
         if logger is not None and not (found.run and logger.continue_run(found.run, found.step, same)):
             return
         if self.trainer.is_global_zero and not claim(checkpoint.parent):
