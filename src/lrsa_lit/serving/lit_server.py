@@ -87,6 +87,10 @@ def _ended_by_signals(shared: Shared, drain: int) -> Iterator[None]:
             noun = "request" if count == 1 else "requests"
             wait = f", for at most {drain} s" if count else ""
             _log.info("Stopping: %d %s still to be answered%s; no more are accepted", count, noun, wait)
+            # LitServe's thread that watches the workers outlives the process that it asks.
+            logging.getLogger("litserve.server").addFilter(
+                lambda record: "Monitoring worker" not in record.getMessage()
+            )
             # LitServe ends them one after another, and the later ones would accept requests meanwhile.
             for process in multiprocessing.active_children():
                 if process.name.startswith(_FRONT_END):
