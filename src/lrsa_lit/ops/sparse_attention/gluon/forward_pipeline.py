@@ -25,6 +25,7 @@ from lrsa_lit.ops.sparse_attention.gluon import pipeline
 from lrsa_lit.ops.sparse_attention.gluon.pipeline import HALF, around, barriers
 from lrsa_lit.ops.sparse_attention.triton import device_functions as device
 from lrsa_lit.ops.sparse_attention.triton import host_functions as host
+from lrsa_lit.ops.sparse_attention.triton.replay import replayed
 from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, query_walk
 
 TILE = host.Tile(128, 128, 4, 2)
@@ -41,6 +42,7 @@ def launch(inputs: host.Inputs, output: Tensor, lse: Tensor, geometry: Geometry,
     )  # fmt: skip
 
 
+@replayed
 @gluon.jit(do_not_specialize=host.INTEGERS)
 def _hopper_forward_kernel(
     d_query, d_key, d_value, d_compact_key, d_compact_value, p_output, p_lse, p_tiles, p_sequences,

@@ -27,6 +27,7 @@ from lrsa_lit.ops.sparse_attention.gluon import pipeline
 from lrsa_lit.ops.sparse_attention.gluon.pipeline import HALF, around, barriers
 from lrsa_lit.ops.sparse_attention.triton import device_functions as device
 from lrsa_lit.ops.sparse_attention.triton import host_functions as host
+from lrsa_lit.ops.sparse_attention.triton.replay import replayed
 from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, sequence_table
 
 TILE = host.Tile(128, 64, 4, 4)
@@ -53,6 +54,7 @@ def launch(
     )  # fmt: skip
 
 
+@replayed
 @gluon.jit(do_not_specialize=host.INTEGERS)
 def _hopper_key_kernel(
     d_key, d_value, d_query, d_do, p_lse, p_delta, p_dk, p_dv, p_tiles, p_sequences,

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lrsa_lit.ops.sparse_attention.triton import device_functions as device
-from lrsa_lit.ops.sparse_attention.triton.host_functions import Inputs
+from lrsa_lit.ops.sparse_attention.triton import host_functions as host
 
 HALF = gl.constexpr(64)
 """The number of queries of a consumer: the rows of one warpgroup's product."""
@@ -43,10 +43,10 @@ def multiprocessors(device: torch.device) -> int:
 
 def descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
     """A descriptor for blocks of rows of one head of (B, H, T, D)."""
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, rows, tensor.shape[3]], _ROWS)
+    return host.descriptor(TensorDescriptor, tensor, [1, 1, rows, tensor.shape[3]], layout=_ROWS)
 
 
-def sources(inputs: Inputs, columns: int) -> list[TensorDescriptor]:
+def sources(inputs: host.Inputs, columns: int) -> list[TensorDescriptor]:
     """Descriptors for blocks of raw and compact keys and values; for an empty compact buffer they are never used."""
     raw, compact = inputs[1:3], inputs[3:]
     return [descriptor(tensor, columns) for tensor in (*raw, *(compact if compact[0].numel() else raw))]

@@ -24,6 +24,7 @@ from lrsa_lit.ops.sparse_attention.gluon import pipeline
 from lrsa_lit.ops.sparse_attention.gluon.pipeline import HALF, around, barriers
 from lrsa_lit.ops.sparse_attention.triton import device_functions as device
 from lrsa_lit.ops.sparse_attention.triton import host_functions as host
+from lrsa_lit.ops.sparse_attention.triton.replay import replayed
 from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, query_walk
 
 TILE = host.Tile(128, 64, 4, 4)
@@ -43,6 +44,7 @@ def launch(
     )  # fmt: skip
 
 
+@replayed
 @gluon.jit(do_not_specialize=host.INTEGERS)
 def _hopper_query_kernel(
     d_query, d_do, d_key, d_value, d_compact_key, d_compact_value,

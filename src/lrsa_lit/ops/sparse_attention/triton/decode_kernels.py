@@ -15,6 +15,7 @@ from torch import Tensor
 from lrsa_lit.ops.sparse_attention.triton import device_functions as device
 from lrsa_lit.ops.sparse_attention.triton import host_functions as host
 from lrsa_lit.ops.sparse_attention.triton.forward_kernel import attend_block
+from lrsa_lit.ops.sparse_attention.triton.replay import replayed
 
 _PROGRAMS = 2 * 132
 """The desired number of programs: enough loads in flight to saturate the memory of a GPU with 132 multiprocessors."""
@@ -43,7 +44,7 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, length: Tensor, scale:
         **tile.options(dim),
     )  # fmt: skip
     output = query.new_empty(query.shape)
-    block = min(triton.next_power_of_2(dim), _CHANNELS)
+    block = min(host.power_of_two(dim), _CHANNELS)
     _join_kernel[(rows, triton.cdiv(dim, block))](
         partial_output, partial_max, partial_sum, output, scale_log2, DIM=dim, BLOCK=block, SPLITS=splits
     )
@@ -60,7 +61,7 @@ def _cut_for(dim: int, dtype: torch.dtype, group: int, batch_heads: int, capacit
 
     A tile's rows are query heads of one group, at least 16, as matrix products need; its columns are keys.
     """
-    rows = max(16, triton.next_power_of_2(group))
+    rows = max(16, host.power_of_two(group))
     if dtype == torch.float32:
         rows, columns, stages = (min(rows, 16), 16, 2) if dim > 128 else (min(rows, 32), 32, 2)
     elif dim > 128:
@@ -69,10 +70,11 @@ def _cut_for(dim: int, dtype: torch.dtype, group: int, batch_heads: int, capacit
         rows, columns, stages = min(rows, 64), 128 if dim <= 64 and rows == 16 else 64, 3
     wanted = max(_PROGRAMS // max(batch_heads * triton.cdiv(group, rows), 1), 1)
     # The largest power of two up to the desired number, and at most one split per block.
-    splits = min(1 << (wanted.bit_length() - 1), triton.next_power_of_2(triton.cdiv(capacity, columns)), _MOST_SPLITS)
+    splits = min(1 << (wanted.bit_length() - 1), host.power_of_two(triton.cdiv(capacity, columns)), _MOST_SPLITS)
     return host.Tile(rows, columns, 4, stages), splits
 
 
+@replayed
 @triton.jit(do_not_specialize=host.INTEGERS)
 def _slice_kernel(
     p_query, p_key, p_value, p_length, p_partial_output, p_partial_max, p_partial_sum,
@@ -123,6 +125,7 @@ def _slice_kernel(
     tl.store(p_partial_output, b_output, mask=m_g[:, None] & (o_dim < DIM)[None, :] & m_some)
 
 
+@replayed
 @triton.jit
 def _join_kernel(
     p_partial_output, p_partial_max, p_partial_sum, p_output, scale_log2,

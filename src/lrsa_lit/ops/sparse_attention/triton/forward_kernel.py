@@ -10,6 +10,7 @@ from torch import Tensor
 from lrsa_lit.ops.sparse_attention.gluon import hopper
 from lrsa_lit.ops.sparse_attention.triton import device_functions as device
 from lrsa_lit.ops.sparse_attention.triton import host_functions as host
+from lrsa_lit.ops.sparse_attention.triton.replay import replayed
 from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, query_walk
 
 
@@ -29,13 +30,14 @@ def attend_forward(inputs: host.Inputs, geometry: Geometry, scale: float) -> tup
     tile = host.tiles_for(dim, query.dtype).forward
     programs, tables, counts = query_walk(inputs, geometry, tile.rows)
     _forward_kernel[(programs,)](
-        *inputs, *host.row_descriptors(tile.columns, triton.next_power_of_2(dim), *inputs[1:]), output, lse, *tables,
+        *inputs, *host.row_descriptors(tile.columns, dim, *inputs[1:]), output, lse, *tables,
         *host.row_strides(*inputs[:3], output), *counts, inputs.compact_key.shape[2], *geometry.numbers,
         scale * host.LOG2_E, **tile.options(dim),
     )  # fmt: skip
     return output, lse
 
 
+@replayed
 @triton.jit(do_not_specialize=host.INTEGERS)
 def _forward_kernel(
     p_query, p_key, p_value, p_compact_key, p_compact_value, d_key, d_value, d_compact_key, d_compact_value,

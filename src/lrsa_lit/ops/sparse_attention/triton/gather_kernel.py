@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lrsa_lit.ops.sparse_attention.triton import device_functions as device
 from lrsa_lit.ops.sparse_attention.triton import host_functions as host
+from lrsa_lit.ops.sparse_attention.triton.replay import replayed
 from lrsa_lit.ops.sparse_attention.triton.work_tables import (
     Geometry,
     compact_shape,
@@ -37,11 +38,12 @@ def gather_compact(key: Tensor, value: Tensor, ranks: Tensor, geometry: Geometry
     _gather_kernel[(len(table), batch * heads)](
         key, value, ranks, compact_key, compact_value, table, sequence_table(geometry, key.device),
         *host.row_strides(key, value), heads, ranks.shape[2], rows, geometry.sink, geometry.lag, geometry.keep,
-        DIM=dim, BLOCK=_BLOCK, PADDED=triton.next_power_of_2(dim),
+        DIM=dim, BLOCK=_BLOCK, PADDED=host.power_of_two(dim),
     )  # fmt: skip
     return compact_key, compact_value
 
 
+@replayed
 @triton.jit(do_not_specialize=host.INTEGERS)
 def _gather_kernel(
     p_key, p_value, p_ranks, p_compact_key, p_compact_value, p_table, p_sequences,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lrsa_lit.ops.sparse_attention.triton import host_functions as host
 from lrsa_lit.ops.sparse_attention.triton.device_functions import load_rows, partition_row
+from lrsa_lit.ops.sparse_attention.triton.replay import replayed
 from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, partition_table, ranks_shape, sequence_table
 
 _TOKENS = 32
@@ -23,11 +24,12 @@ def key_diff_scores(key: Tensor, geometry: Geometry) -> Tensor:
         _key_diff_kernel[(count, batch * heads)](
             key, scores, partition_table(geometry, key.device), sequence_table(geometry, key.device),
             *host.row_strides(key), heads, count, geometry.sink, lag,
-            DIM=key.shape[3], BLOCK=_TOKENS, PADDED=triton.next_power_of_2(key.shape[3]),
+            DIM=key.shape[3], BLOCK=_TOKENS, PADDED=host.power_of_two(key.shape[3]),
         )  # fmt: skip
     return scores
 
 
+@replayed
 @triton.jit(do_not_specialize=host.INTEGERS)
 def _key_diff_kernel(
     p_key, p_scores, p_partitions, p_sequences, stride_kb, stride_kh, stride_kt, heads, n_partitions, sink, lag,

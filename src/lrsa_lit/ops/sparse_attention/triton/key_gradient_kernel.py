@@ -15,6 +15,7 @@ from lrsa_lit.ops.sparse_attention.gluon import hopper
 from lrsa_lit.ops.sparse_attention.triton import device_functions as device
 from lrsa_lit.ops.sparse_attention.triton import host_functions as host
 from lrsa_lit.ops.sparse_attention.triton.query_gradient_kernel import query_gradient
+from lrsa_lit.ops.sparse_attention.triton.replay import replayed
 from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, compact_tiles, raw_tiles, sequence_table
 
 _PROGRAMS = 512
@@ -82,7 +83,7 @@ def _launch(
     tile = host.tiles_for(dim, query.dtype).key
     _key_kernel[(len(table) * batch * heads * (splits if grads is None else 1),)](
         query, *source, output_grad,
-        *host.row_descriptors(tile.columns, triton.next_power_of_2(dim), query, output_grad),
+        *host.row_descriptors(tile.columns, dim, query, output_grad),
         saved.lse, delta, *partial, ranks, *target, table, sequence_table(geometry, query.device),
         *host.row_strides(query, *source, output_grad, *target),
         batch * heads, heads, query_heads // heads, queries, compact[0].shape[2],
@@ -97,6 +98,7 @@ def _splits(programs: int, group: int) -> int:
     return enough[0] if enough else group
 
 
+@replayed
 @triton.jit(do_not_specialize=host.INTEGERS)
 def _key_kernel(
     p_query, p_key, p_value, p_do, d_query, d_do, p_lse, p_delta, p_partial_key, p_partial_value, p_ranks, p_dk, p_dv,

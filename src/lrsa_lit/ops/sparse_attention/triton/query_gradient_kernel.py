@@ -10,6 +10,7 @@ from torch import Tensor
 from lrsa_lit.ops.sparse_attention.gluon import hopper
 from lrsa_lit.ops.sparse_attention.triton import device_functions as device
 from lrsa_lit.ops.sparse_attention.triton import host_functions as host
+from lrsa_lit.ops.sparse_attention.triton.replay import replayed
 from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, query_walk
 
 
@@ -23,7 +24,7 @@ def query_gradient(saved: host.Saved, output_grad: Tensor, geometry: Geometry, s
     tile = host.tiles_for(dim, query_grad.dtype).query
     programs, tables, counts = query_walk(inputs, geometry, tile.rows)
     _query_kernel[(programs,)](
-        *inputs, *host.row_descriptors(tile.columns, triton.next_power_of_2(dim), *inputs[1:]),
+        *inputs, *host.row_descriptors(tile.columns, dim, *inputs[1:]),
         saved.output, output_grad, saved.lse, delta, query_grad, *tables,
         *host.row_strides(*inputs[:3], saved.output, output_grad, query_grad),
         *counts, inputs.compact_key.shape[2], *geometry.numbers, scale * host.LOG2_E, scale, **tile.options(dim),
@@ -31,6 +32,7 @@ def query_gradient(saved: host.Saved, output_grad: Tensor, geometry: Geometry, s
     return query_grad, delta
 
 
+@replayed
 @triton.jit(do_not_specialize=host.INTEGERS)
 def _query_kernel(
     p_query, p_key, p_value, p_compact_key, p_compact_value, d_key, d_value, d_compact_key, d_compact_value,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lrsa_lit.ops.sparse_attention.triton import host_functions as host
 from lrsa_lit.ops.sparse_attention.triton.device_functions import LOWEST, load_rows, partition_row
+from lrsa_lit.ops.sparse_attention.triton.replay import replayed
 from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, partition_table, ranks_shape, sequence_table
 
 _HALF = host.Tile(rows=64, columns=128, warps=4, stages=2)
@@ -27,7 +28,7 @@ def attention_received(query: Tensor, key: Tensor, geometry: Geometry, window: i
     batch, heads, count, lag = ranks_shape(key, geometry)
     dim = key.shape[3]
     tile = _HALF if key.dtype.itemsize == 2 else host.tiles_for(dim, key.dtype).forward
-    tile = tile._replace(columns=min(tile.columns, max(16, triton.next_power_of_2(lag))))
+    tile = tile._replace(columns=min(tile.columns, max(16, host.power_of_two(lag))))
     # If the partition fits into one block, results are stored once; otherwise each block of queries adds to them.
     # Selection needs exact float32 products; products of 16-bit numbers are exact anyway.
     whole = lag <= tile.columns
@@ -43,6 +44,7 @@ def attention_received(query: Tensor, key: Tensor, geometry: Geometry, window: i
     return received
 
 
+@replayed
 @triton.jit(do_not_specialize=host.INTEGERS)
 def _received_kernel(
     p_query, p_key, p_received, p_partitions, p_sequences, p_first_rows,

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lrsa_lit.ops.sparse_attention.triton import host_functions as host
+from lrsa_lit.ops.sparse_attention.triton.replay import replayed
 
 
 def rank_highest(order: Tensor, keep: int, ranks: Tensor | None = None) -> Tensor:
@@ -23,7 +24,7 @@ def rank_highest(order: Tensor, keep: int, ranks: Tensor | None = None) -> Tenso
         ranks = torch.empty(order.shape, dtype=torch.int32, device=order.device)
     if ranks.numel() > 0:
         _rank_kernel[(count, batch * heads)](
-            order.contiguous(), ranks, count, lag, keep, BLOCK=triton.next_power_of_2(lag), num_warps=warps_for(lag)
+            order.contiguous(), ranks, count, lag, keep, BLOCK=host.power_of_two(lag), num_warps=warps_for(lag)
         )
     return ranks
 
@@ -33,6 +34,7 @@ def warps_for(lag: int) -> int:
     return 1 if lag <= 128 else 4
 
 
+@replayed
 @triton.jit(do_not_specialize=host.INTEGERS)
 def _rank_kernel(p_order, p_ranks, n_partitions, lag, keep, BLOCK: tl.constexpr):
     """One program per partition and head."""

@@ -16,6 +16,7 @@ from lrsa_lit.ops.sparse_attention.compressors import Partitions
 from lrsa_lit.ops.sparse_attention.rotary import Rotary
 from lrsa_lit.ops.sparse_attention.synthesizers import low_pass, places
 from lrsa_lit.ops.sparse_attention.triton import host_functions as host
+from lrsa_lit.ops.sparse_attention.triton.replay import replayed
 
 Tables = tuple[Tensor, Tensor] | tuple[None, None]
 """Cosines and sines (rows, D/2) float32 of each pair of channels; None without a rotation."""
@@ -65,14 +66,15 @@ def _launch(x: Tensor, weights: Tensor, before: Any, after: Any, turned: int) ->
     output = x.new_empty((batch, heads, partitions, rows, dim))
     if output.numel() == 0:
         return output
-    block = min(max(triton.next_power_of_2(rows), 16), 64)
+    block = min(max(host.power_of_two(rows), 16), 64)
     _resample_kernel[(partitions * triton.cdiv(rows, block), batch * heads)](
         x, output, weights, *before, *after, *x.stride()[:4], heads, tokens, rows,
-        HALF=dim // 2, TURNED=turned, PADDED=max(triton.next_power_of_2(dim // 2), 16), BLOCK_M=block, BLOCK_N=32,
+        HALF=dim // 2, TURNED=turned, PADDED=max(host.power_of_two(dim // 2), 16), BLOCK_M=block, BLOCK_N=32,
     )  # fmt: skip
     return output
 
 
+@replayed
 @triton.jit(do_not_specialize=["heads", "tokens", "rows"])
 def _resample_kernel(
     p_x, p_output, p_weights, p_cos_before, p_sin_before, p_cos_after, p_sin_after,

@@ -14,6 +14,7 @@ from lrsa_lit.ops.sparse_attention.scoring import CONSTANT_CHANNEL, SHRINK
 from lrsa_lit.ops.sparse_attention.triton import host_functions as host
 from lrsa_lit.ops.sparse_attention.triton.device_functions import partition_row
 from lrsa_lit.ops.sparse_attention.triton.rank_kernel import store_ranks, warps_for
+from lrsa_lit.ops.sparse_attention.triton.replay import replayed
 from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, partition_table, ranks_shape, sequence_table
 
 _TOKENS = 32
@@ -46,16 +47,17 @@ def select_ranks(
     _spread_kernel[(*grid, len(sources))](
         first, second, spreads, partition_table(geometry, key.device), sequence_table(geometry, key.device),
         *host.row_strides(first, second), heads, count, geometry.sink, lag, DIM=key.shape[3], BLOCK=_TOKENS,
-        PADDED=triton.next_power_of_2(key.shape[3]), CONSTANT=CONSTANT_CHANNEL, SHRINK=SHRINK,
+        PADDED=host.power_of_two(key.shape[3]), CONSTANT=CONSTANT_CHANNEL, SHRINK=SHRINK,
     )  # fmt: skip
     _keep_kernel[grid](
         spreads, scores, ranks, count, lag, geometry.keep, last,
         float(first_weight), float(second_weight), math.log(second_weight) - math.log(first_weight),
-        BOTH=len(sources) == 2, BLOCK=triton.next_power_of_2(lag), num_warps=warps_for(lag),
+        BOTH=len(sources) == 2, BLOCK=host.power_of_two(lag), num_warps=warps_for(lag),
     )  # fmt: skip
     return ranks, scores
 
 
+@replayed
 @triton.jit(do_not_specialize=host.INTEGERS)
 def _spread_kernel(
     p_first, p_second, p_spreads, p_partitions, p_sequences,
@@ -123,6 +125,7 @@ def _exponentials(p_spread, o_token, m_token):
     return b_spread, highest, b_exp, tl.sum(b_exp, axis=0)
 
 
+@replayed
 @triton.jit(do_not_specialize=host.INTEGERS)
 def _keep_kernel(
     p_spreads, p_scores, p_ranks, n_partitions, lag, keep, last, first_weight, second_weight, log_ratio,

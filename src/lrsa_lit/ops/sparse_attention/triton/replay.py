@@ -1,0 +1,174 @@
+"""Launch a kernel again without Triton's binder, which takes most of a launch's host time.
+
+At each launch, Triton looks at every argument to find the compiled kernel: a pointer or an integer that 16 divides, or
+an integer 1, may lead to another one. A replayed kernel remembers the compiled kernel by all that this choice depends
+on, and passes later launches of the same kind to the compiled kernel's own launcher.
+
+Launches that it is not sure of go to Triton: in the interpreter, with other versions or backends, while hooks or
+debugging options are set, with a misaligned pointer, and with arguments of other types.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+__all__ = ["REPLAYS_WITH", "Replayed", "replayed"]
+
+REPLAYS_WITH = ("3.6", "3.7", "3.8", "3.9")
+"""Versions of Triton whose launchers take the arguments that :class:`Replayed` passes."""
+
+MOST_PLANS = 512
+"""The number of launches that a kernel remembers. With more, it forgets all: lengths may differ at each step."""
+
+
+def replayed(kernel: Any) -> Any:
+    """A decorator above ``triton.jit`` or ``gluon.jit``; kernels of Triton's interpreter stay as they are."""
+    known = ".".join(triton.__version__.split(".")[:2]) in REPLAYS_WITH
+    return Replayed(kernel) if known and isinstance(kernel, JITFunction) else kernel
+
+
+class Replayed:
+    """A kernel that is launched like any other: ``kernel[grid](*arguments, **options)``.
+
+    Compile-time arguments must follow all others, have no defaults, and be passed by keyword; the others by position.
+
+    Attributes:
+        kernel: the kernel itself, a ``JITFunction``.
+    """
+
+    def __init__(self, kernel: JITFunction) -> None:
+        self.kernel = kernel
+        self._kinds: dict[tuple[type, ...], _Kind | None] = {}
+
+    def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:
+        """A function that launches the kernel on a grid of one to three dimensions."""
+        return functools.partial(self._launch, grid)
+
+    def _launch(self, grid: Sequence[int], *arguments: Any, **options: Any) -> None:
+        types = tuple(map(type, arguments))
+        try:
+            kind = self._kinds[types]
+        except KeyError:
+            kind = self._kinds[types] = _kind_of(self.kernel, types)
+        if kind is None or _is_watched(self.kernel):
+            self.kernel[grid](*arguments, **options)
+            return
+        tensors = kind.pointers(arguments)
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        # Integers that Triton does not specialise are passed as 32 bits if they fit. Negative ones make the union
+        # negative.
+        if (
+            functools.reduce(operator.or_, addresses) % 16
+            or not 0 <= functools.reduce(operator.or_, kind.unspecialised(arguments), 0) < 1 << 31
+        ):
+            self.kernel[grid](*arguments, **options)
+            return
+        active = driver.active
+        device = active.get_current_device()
+        key = (
+            id(active), device, *kind.specialised(arguments), *options, *options.values(),
+            *[tensor.dtype for tensor in tensors], *[tensor.device for tensor in tensors],
+            *[
+                (descriptor.base.dtype, *descriptor.block_shape, getattr(descriptor, "layout", None))
+                for descriptor in kind.descriptors(arguments)
+            ],
+        )  # fmt: skip
+        plan = kind.plans.get(key)
+        if plan is None:
+            self._remember(kind, key, self.kernel[grid](*arguments, **options), options)
+            return
+        values = list(arguments)
+        for place, address in zip(kind.places, addresses, strict=True):
+            values[place] = address
+        x, y, z = (*grid, 1, 1)[:3]
+        plan.run(
+            x, y, z, active.get_current_stream(device), plan.kernel.function, plan.kernel.packed_metadata,
+            None, None, None, *values, *plan.constants,
+        )  # fmt: skip
+
+    def _remember(self, kind: _Kind, key: tuple[Any, ...], compiled: Any, options: dict[str, Any]) -> None:
+        # A hook or a test may keep Triton from compiling, or launching.
+        if not isinstance(compiled, CompiledKernel) or compiled.metadata.target.backend != "cuda":
+            return
+        if len(kind.plans) >= MOST_PLANS:
+            kind.plans.clear()
+        constants = [options[name] for name in kind.constants]
+        kind.plans[key] = _Plan(compiled, compiled.run, tuple(constants))
+
+
+class _Plan(NamedTuple):
+    """A compiled kernel, its launcher, and its compile-time arguments, which the launcher skips."""
+
+    kernel: CompiledKernel
+    run: Callable[..., None]
+    constants: tuple[Any, ...]
+
+
+@dataclass
+class _Kind:
+    """Launches with the same types of arguments: which of them are what, and the plans of these launches."""
+
+    places: tuple[int, ...]
+    pointers: Callable[[Sequence[Any]], tuple[Tensor, ...]]
+    descriptors: Callable[[Sequence[Any]], tuple[Any, ...]]
+    specialised: Callable[[Sequence[Any]], tuple[int, ...]]
+    unspecialised: Callable[[Sequence[Any]], tuple[int, ...]]
+    constants: tuple[str, ...]
+    plans: dict[tuple[Any, ...], _Plan] = field(default_factory=dict)
+
+
+def _kind_of(kernel: JITFunction, types: Sequence[type]) -> _Kind | None:
+    """The kind of launches with arguments of some types; None if Triton must launch them."""
+    given, constants = kernel.params[: len(types)], kernel.params[len(types) :]
+    if any(param.is_constexpr or param.annotation for param in given):
+        return None
+    if not all(param.is_constexpr and not param.has_default for param in constants):
+        return None
+    places: dict[str, list[int]] = {"pointers": [], "descriptors": [], "specialised": [], "unspecialised": []}
+    for place, (param, kind) in enumerate(zip(given, types, strict=True)):
+        if issubclass(kind, Tensor) and not param.do_not_specialize:
+            places["pointers"].append(place)
+        elif kind.__name__ == "TensorDescriptor":
+            # Triton's or Gluon's.
+            places["descriptors"].append(place)
+        elif kind is int:
+            places["unspecialised" if param.do_not_specialize else "specialised"].append(place)
+        elif kind not in (float, type(None)):
+            return None
+    return _Kind(
+        tuple(places["pointers"]),
+        **{name: _getter(found) for name, found in places.items()},
+        constants=tuple(param.name for param in constants),
+    )
+
+
+def _getter(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """A function that returns a tuple of the items in these places."""
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return lambda items: tuple([items[place] for place in places])
+
+
+def _is_watched(kernel: JITFunction) -> bool:
+    """Whether something wants to see launches, or to compile other kernels, for instance a profiler or a debugger."""
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(
+        kernel.pre_run_hooks
+        or getattr(enter, "calls", enter)
+        or getattr(leave, "calls", leave)
+        or runtime.add_stages_inspection_hook
+        or runtime.debug
+        or knobs.compilation.instrumentation_mode
+    )
