@@ -43,7 +43,7 @@ def launch(
     batch, query_heads, queries, dim = query.shape
     heads, rows = compact_key.shape[1:3]
     splits = partial[0].shape[0]
-    n_work = len(table) * batch * heads * splits
+    n_work = table.shape[0] * batch * heads * splits
     _hopper_key_kernel[(min(n_work, pipeline.multiprocessors(query.device)),)](
         *(pipeline.descriptor(tensor, HALF.value) for tensor in (compact_key, compact_value)),
         *(pipeline.descriptor(tensor, TILE.columns) for tensor in (query, output_grad)),

@@ -35,7 +35,7 @@ def gather_compact(key: Tensor, value: Tensor, ranks: Tensor, geometry: Geometry
     if compact_key.numel() == 0:
         return compact_key, compact_value
     table = partition_table(geometry, key.device)
-    _gather_kernel[(len(table), batch * heads)](
+    _gather_kernel[(table.shape[0], batch * heads)](
         key, value, ranks, compact_key, compact_value, table, sequence_table(geometry, key.device),
         *host.row_strides(key, value), heads, ranks.shape[2], rows, geometry.sink, geometry.lag, geometry.keep,
         DIM=dim, BLOCK=_BLOCK, PADDED=host.power_of_two(dim),

@@ -6,6 +6,8 @@ five but needs no synchronisation between programs. There are no atomics, so eve
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -49,12 +51,12 @@ def compact_gradient(
     on_hopper = hopper.suits(query, *compact, output_grad)
     tile = hopper.key_gradient_pipeline.TILE if on_hopper else host.tiles_for(dim, query.dtype).key
     table = compact_tiles(geometry, query.device, tile.rows)
-    splits = _splits(len(table) * batch * heads, query.shape[1] // heads)
+    splits = _splits(table.shape[0] * batch * heads, query.shape[1] // heads)
     shape = splits, batch, heads, rows, dim
     partial = query.new_empty(shape, dtype=torch.float32), query.new_empty(shape, dtype=torch.float32)
-    if on_hopper and len(table):
+    if on_hopper and table.shape[0]:
         hopper.key_gradient_pipeline.launch(saved, output_grad, delta, partial, table, geometry, scale)
-    elif len(table):
+    elif table.shape[0]:
         _launch(saved, output_grad, delta, partial, None, None, table, geometry, scale)
     return partial
 
@@ -81,7 +83,7 @@ def _launch(
     heads, splits = key.shape[1], partial[0].shape[0]
     source, target = (compact, (key, value)) if grads is None else ((key, value), grads)
     tile = host.tiles_for(dim, query.dtype).key
-    _key_kernel[(len(table) * batch * heads * (splits if grads is None else 1),)](
+    _key_kernel[(table.shape[0] * batch * heads * (splits if grads is None else 1),)](
         query, *source, output_grad,
         *host.row_descriptors(tile.columns, dim, query, output_grad),
         saved.lse, delta, *partial, ranks, *target, table, sequence_table(geometry, query.device),
@@ -92,6 +94,7 @@ def _launch(
     )  # fmt: skip
 
 
+@functools.lru_cache
 def _splits(programs: int, group: int) -> int:
     """The number of programs for the query heads of a group: a divisor of G."""
     enough = [count for count in range(1, group + 1) if group % count == 0 and programs * count >= _PROGRAMS]

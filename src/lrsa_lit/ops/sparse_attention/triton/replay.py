@@ -28,6 +28,8 @@ __all__ = ["REPLAYS_WITH", "Replayed", "replayed"]
 REPLAYS_WITH = ("3.6", "3.7", "3.8", "3.9")
 """Versions of Triton whose launchers take the arguments that :class:`Replayed` passes."""
 
+_dtype, _is_cuda = operator.attrgetter("dtype"), operator.attrgetter("is_cuda")
+
 MOST_PLANS = 512
 """The number of launches that a kernel remembers. With more, it forgets all: lengths may differ at each step."""
 
@@ -65,11 +67,11 @@ class Replayed:
             self.kernel[grid](*arguments, **options)
             return
         tensors = kind.pointers(arguments)
-        addresses = [tensor.data_ptr() for tensor in tensors]
+        addresses = list(map(Tensor.data_ptr, tensors))
         # Integers that Triton does not specialise are passed as 32 bits if they fit. Negative ones make the union
         # negative.
         if (
-            functools.reduce(operator.or_, addresses) % 16
+            functools.reduce(operator.or_, addresses, 0) % 16
             or not 0 <= functools.reduce(operator.or_, kind.unspecialised(arguments), 0) < 1 << 31
         ):
             self.kernel[grid](*arguments, **options)
@@ -78,7 +80,7 @@ class Replayed:
         device = active.get_current_device()
         key = (
             id(active), device, *kind.specialised(arguments), *options, *options.values(),
-            *[tensor.dtype for tensor in tensors], *[tensor.device for tensor in tensors],
+            *map(_dtype, tensors), *map(_is_cuda, tensors),
             *[
                 (descriptor.base.dtype, *descriptor.block_shape, getattr(descriptor, "layout", None))
                 for descriptor in kind.descriptors(arguments)

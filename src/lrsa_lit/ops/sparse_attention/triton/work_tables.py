@@ -182,7 +182,7 @@ def query_walk(inputs: Inputs, geometry: Geometry, block: int) -> tuple[int, tup
     """For kernels over tiles of queries: the number of tiles of all heads; both tables; B Hq, Hq, Hq / H, Tq."""
     batch, heads, queries, _ = inputs.query.shape
     tables = query_tiles(geometry, inputs.query.device, block), sequence_table(geometry, inputs.query.device)
-    return len(tables[0]) * batch * heads, tables, (batch * heads, heads, heads // inputs.key.shape[1], queries)
+    return tables[0].shape[0] * batch * heads, tables, (batch * heads, heads, heads // inputs.key.shape[1], queries)
 
 
 @_table
