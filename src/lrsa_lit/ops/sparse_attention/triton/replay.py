@@ -127,7 +127,7 @@ class _Kind:
     specialised: Callable[[Sequence[Any]], tuple[int, ...]]
     unspecialised: Callable[[Sequence[Any]], tuple[int, ...]]
     constants: tuple[str, ...]
-    plans: dict[tuple[Any, ...], _Plan] = field(default_factory=dict)
+    plans: dict[tuple[Any, ...], _Plan] = field(default_factory=dict, init=False)
 
 
 def _kind_of(kernel: JITFunction, types: Sequence[type]) -> _Kind | None:
