@@ -4,7 +4,7 @@
 
 On a GPU, a call is timed without waiting for its kernels, against torch's own attention by cuDNN.
 Without a GPU, kernels are compiled for a Hopper GPU and a stand-in for Triton's driver launches nothing: this
-is the time of all Python code except the launcher's. ``ordinary`` lets Triton bind the arguments of every launch.
+is the time of all Python code except the launcher's. Without replays, Triton binds the arguments of every launch.
 """
 
 from __future__ import annotations
@@ -66,13 +66,6 @@ def stand_in_driver() -> Iterator[list[str]]:
         yield launched
 
 
-@contextlib.contextmanager
-def ordinary_launches() -> Iterator[None]:
-    """Triton's own launches, each of which binds its arguments."""
-    with mock.patch.object(replay, "_is_watched", return_value=True):
-        yield
-
-
 def microseconds(call: Callable[[], Any], repeats: int) -> dict[str, float]:
     """The fastest and the median of several calls; before each, the device has finished the one before."""
     for _ in range(3):
@@ -120,9 +113,9 @@ def measured(tokens: int, dim: int, repeats: int, device: str) -> Iterator[dict[
     """A row for each implementation and call."""
     about = {"tokens": tokens, "head size": dim}
     for name, call in calls(tokens, dim, lrsa, device).items():
-        yield about | {"launches": "replayed", "call": name} | microseconds(call, repeats)
-        with ordinary_launches():
-            yield about | {"launches": "ordinary", "call": name} | microseconds(call, repeats)
+        for launches, enabled in (("replayed", True), ("ordinary", False)):
+            with mock.patch.object(replay, "ENABLED", enabled):
+                yield about | {"launches": launches, "call": name} | microseconds(call, repeats)
     if device == "cuda":
         for name, call in calls(tokens, dim, cudnn, device).items():
             yield about | {"launches": "SDPA, cuDNN", "call": name} | microseconds(call, repeats)

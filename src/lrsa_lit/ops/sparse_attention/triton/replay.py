@@ -6,12 +6,15 @@ on, and passes later launches of the same kind to the compiled kernel's own laun
 
 Launches that it is not sure of go to Triton: in the interpreter, with other versions or backends, while hooks or
 debugging options are set, with a misaligned pointer, and with arguments of other types.
+
+It is off unless ``LRSA_REPLAY_LAUNCHES=1``. Replays have run on a GPU, but their results were not yet compared there.
 """
 
 from __future__ import annotations
 
 import functools
 import operator
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -23,15 +26,31 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-__all__ = ["REPLAYS_WITH", "Replayed", "replayed"]
+from lrsa_lit.errors import UserError
+
+__all__ = ["REPLAYS_WITH", "VARIABLE", "Replayed", "replayed"]
 
 REPLAYS_WITH = ("3.6", "3.7", "3.8", "3.9")
 """Versions of Triton whose launchers take the arguments that :class:`Replayed` passes."""
 
-_dtype, _is_cuda = operator.attrgetter("dtype"), operator.attrgetter("is_cuda")
+VARIABLE = "LRSA_REPLAY_LAUNCHES"
+"""The environment variable that switches replays on (1) or off (0, the default)."""
+
+
+def _is_switched_on() -> bool:
+    value = os.environ.get(VARIABLE) or "0"
+    if value not in ("0", "1"):
+        raise UserError(VARIABLE, value, "0 or 1")
+    return value == "1"
+
+
+ENABLED = _is_switched_on()
+"""Whether kernels are replayed; read at each launch."""
 
 MOST_PLANS = 512
 """The number of launches that a kernel remembers. With more, it forgets all: lengths may differ at each step."""
+
+_dtype, _is_cuda = operator.attrgetter("dtype"), operator.attrgetter("is_cuda")
 
 
 def replayed(kernel: Any) -> Any:
@@ -55,7 +74,7 @@ class Replayed:
 
     def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:
         """A function that launches the kernel on a grid of one to three dimensions."""
-        return functools.partial(self._launch, grid)
+        return functools.partial(self._launch, grid) if ENABLED else self.kernel[grid]
 
     def _launch(self, grid: Sequence[int], *arguments: Any, **options: Any) -> None:
         types = tuple(map(type, arguments))
@@ -68,12 +87,11 @@ class Replayed:
             return
         tensors = kind.pointers(arguments)
         addresses = list(map(Tensor.data_ptr, tensors))
-        # Integers that Triton does not specialise are passed as 32 bits if they fit. Negative ones make the union
-        # negative.
-        if (
-            functools.reduce(operator.or_, addresses, 0) % 16
-            or not 0 <= functools.reduce(operator.or_, kind.unspecialised(arguments), 0) < 1 << 31
-        ):
+        # All together, because 16 divides a union only if it divides each address. Integers that Triton does not
+        # specialise are passed as 32 bits if they fit; a negative one makes their union negative.
+        address = functools.reduce(operator.or_, addresses, 0)
+        integer = functools.reduce(operator.or_, kind.unspecialised(arguments), 0)
+        if address % 16 or not 0 <= integer < 1 << 31:
             self.kernel[grid](*arguments, **options)
             return
         active = driver.active
@@ -94,10 +112,11 @@ class Replayed:
         for place, address in zip(kind.places, addresses, strict=True):
             values[place] = address
         x, y, z = (*grid, 1, 1)[:3]
+        stream, compiled = active.get_current_stream(device), plan.kernel
+        # Without hooks, nobody reads the description of the launch.
         plan.run(
-            x, y, z, active.get_current_stream(device), plan.kernel.function, plan.kernel.packed_metadata,
-            None, None, None, *values, *plan.constants,
-        )  # fmt: skip
+            x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *values, *plan.constants
+        )
 
     def _remember(self, kind: _Kind, key: tuple[Any, ...], compiled: Any, options: dict[str, Any]) -> None:
         # A hook or a test may keep Triton from compiling, or launching.
