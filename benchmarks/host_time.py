@@ -21,7 +21,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-import triton
+from records import about
 from rich.console import Console
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -111,14 +111,14 @@ def cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.
 
 def measured(tokens: int, dim: int, repeats: int, device: str) -> Iterator[dict[str, Any]]:
     """A row for each implementation and call."""
-    about = {"tokens": tokens, "head size": dim}
+    shape = {"tokens": tokens, "head size": dim}
     for name, call in calls(tokens, dim, lrsa, device).items():
         for launches, enabled in (("replayed", True), ("ordinary", False)):
             with mock.patch.object(replay, "ENABLED", enabled):
-                yield about | {"launches": launches, "call": name} | microseconds(call, repeats)
+                yield shape | {"launches": launches, "call": name} | microseconds(call, repeats)
     if device == "cuda":
         for name, call in calls(tokens, dim, cudnn, device).items():
-            yield about | {"launches": "SDPA, cuDNN", "call": name} | microseconds(call, repeats)
+            yield shape | {"launches": "SDPA, cuDNN", "call": name} | microseconds(call, repeats)
 
 
 def main() -> None:
@@ -137,14 +137,13 @@ def main() -> None:
             for dim in options.head_size
             for row in measured(tokens, dim, options.repeats, device)
         ]
-    name = torch.cuda.get_device_name() if device == "cuda" else "none: stand-in driver"
-    about = {"device": name, "torch": torch.__version__, "triton": triton.__version__}
+    record = about(device=device) | ({} if device == "cuda" else {"device": "none: stand-in driver"})
     table = Table(*rows[0])
     for row in rows:
         table.add_row(*map(str, row.values()))
-    Console().print(about, table)
+    Console().print(record, table)
     if options.json:
-        options.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+        options.json.write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

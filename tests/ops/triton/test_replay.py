@@ -229,10 +229,12 @@ def test_replays_are_off_unless_a_variable_switches_them_on(bench, monkeypatch):
 
 
 @pytest.mark.parametrize("version", ["3.5.1", "3.10.0", "4.0.0"])
-def test_other_versions_launch_as_ever(version, monkeypatch):
+def test_other_versions_of_triton_are_refused(version, monkeypatch):
     monkeypatch.setattr(replay.triton, "__version__", version)
-    made = JITFunction(kernel)
-    assert replay.replayed(made) is made
+    assert not replay._is_switched_on()
+    monkeypatch.setenv(replay.VARIABLE, "1")
+    with refused(replay.VARIABLE, "1", "0", reason=f"{version} is installed"):
+        replay._is_switched_on()
 
 
 def test_kernels_of_the_interpreter_stay_as_they_are():

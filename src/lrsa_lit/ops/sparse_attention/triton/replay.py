@@ -4,8 +4,8 @@ At each launch, Triton looks at every argument to find the compiled kernel: a po
 an integer 1, may lead to another one. A replayed kernel remembers the compiled kernel by all that this choice depends
 on, and passes later launches of the same kind to the compiled kernel's own launcher.
 
-Launches that it is not sure of go to Triton: in the interpreter, with other versions or backends, while hooks or
-debugging options are set, with a misaligned pointer, and with arguments of other types.
+Launches that it is not sure of go to Triton: in the interpreter, with other backends, while hooks or debugging options
+are set, with a misaligned pointer, and with arguments of other types.
 
 It is off unless ``LRSA_REPLAY_LAUNCHES=1``. Replays have run on a GPU, but their results were not yet compared there.
 """
@@ -41,6 +41,9 @@ def _is_switched_on() -> bool:
     value = os.environ.get(VARIABLE) or "0"
     if value not in ("0", "1"):
         raise UserError(VARIABLE, value, "0 or 1")
+    if value == "1" and ".".join(triton.__version__.split(".")[:2]) not in REPLAYS_WITH:
+        known = f"is for triton {', '.join(REPLAYS_WITH)}; {triton.__version__} is installed"
+        raise UserError(VARIABLE, value, "0", reason=known)
     return value == "1"
 
 
@@ -55,8 +58,7 @@ _dtype, _is_cuda = operator.attrgetter("dtype"), operator.attrgetter("is_cuda")
 
 def replayed(kernel: Any) -> Any:
     """A decorator above ``triton.jit`` or ``gluon.jit``; kernels of Triton's interpreter stay as they are."""
-    known = ".".join(triton.__version__.split(".")[:2]) in REPLAYS_WITH
-    return Replayed(kernel) if known and isinstance(kernel, JITFunction) else kernel
+    return Replayed(kernel) if isinstance(kernel, JITFunction) else kernel
 
 
 class Replayed:
