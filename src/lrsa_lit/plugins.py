@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 from lrsa_lit.errors import UserError, message_of
 
@@ -79,12 +79,16 @@ def points(kind: str) -> metadata.EntryPoints:
     """The entry points by which installed packages register classes of a kind."""
     folders = [Path(folder).absolute() for folder in sys.path]
     state = tuple((folder, folder.stat().st_mtime_ns) for folder in folders if folder.is_dir())
-    return _points(state).select(group=f"lrsa_lit.{kind}")
+    found: metadata.EntryPoints = _points(state).select(group=f"lrsa_lit.{kind}")
+    return found
 
 
 @functools.lru_cache(maxsize=1)
-def _points(_: tuple[tuple[Path, int], ...]) -> metadata.EntryPoints:
-    """All entry points. A file of each package is read, so only after the folders of ``sys.path`` have changed."""
+def _points(_: tuple[tuple[Path, int], ...]) -> Any:
+    """All entry points; their type depends on the version of Python, and has ``select``.
+
+    A file of each package is read, so only after the folders of ``sys.path`` have changed.
+    """
     return metadata.entry_points()
 
 
