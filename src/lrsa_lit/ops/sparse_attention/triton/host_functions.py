@@ -61,7 +61,7 @@ def descriptor(kind: type[Any], tensor: Tensor, block: list[int], **more: Any) -
 
 
 def power_of_two(number: int) -> int:
-    """The smallest power of two that is not below a positive number. Triton's own function takes 50 times as long."""
+    """The smallest power of two that is not below a positive number. Triton's own function takes microseconds."""
     return 1 << (number - 1).bit_length()
 
 

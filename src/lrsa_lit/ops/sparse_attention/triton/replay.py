@@ -98,6 +98,7 @@ class Replayed:
             return
         active = driver.active
         device = active.get_current_device()
+        # Triton's launcher refuses tensors that are not on a GPU, but cannot tell this from an address.
         key = (
             id(active), device, *kind.specialised(arguments), *options, *options.values(),
             *map(_dtype, tensors), *map(_is_cuda, tensors),
