@@ -22,17 +22,17 @@
 #
 # 1. one text as the heads see it
 # 2. whether the passages that answer the question survive
-# 3. what decides: the place in the partition, or the kind of word
+# 3. whether the place in the partition or the kind of word decides
 # 4. whether heads and layers agree, and what training changed
 #
 # The outputs below are from the quickstart: SmolLM2-135M, trained for 32 steps on HotpotQA texts of at most 768 tokens,
-# on two CPU cores. That is enough to see the tools work, and too little for conclusions about the method. Paragraphs
+# on two CPU cores. That is enough to see the tools work, but too little for conclusions about the method. Paragraphs
 # that begin with *This run* are true of that run only. To record your own:
 #
 #     lrsa fit … --config configs/experiment/selections.yaml
 #
 # The sinks (the first tokens) and the raw window (the last ones) are visible to all heads. They are grey in the
-# pictures, and no number counts them.
+# pictures, and all numbers leave them out.
 
 # %%
 # %matplotlib inline
@@ -61,7 +61,7 @@ run.info.run_name, [record.step for record in records]
 # ## A text as the heads see it
 #
 # The darker a token, the more heads of all layers keep it; no head keeps a white one. Boxes mark the passages that
-# support the answer, and the answer. Point at a token to see its share of heads. Replace the 0 to see another question.
+# support the answer, and the answer. Point at a token to see how many heads keep it. Replace the 0 for another question.
 
 # %%
 HTML(plots.context_html(after, 0))
@@ -71,8 +71,8 @@ HTML(plots.context_html(after, 0))
 # and parts of rare names are the most popular, with up to 86 % of the heads. "The" and "the" are the least popular. The
 # answer, "number five", occurs twice; 19 to 29 % of the heads keep its tokens, and 25 % would by chance.
 #
-# The same text by layer. Look for columns, which are tokens that all layers keep, and for rows that differ from their
-# neighbours, which are layers that choose by other features.
+# The same text by layer. A column is a token that all layers keep. A row that differs from its neighbours is a layer
+# that chooses by other features.
 
 # %%
 plots.positions(after, 0)

@@ -21,7 +21,7 @@
 # questions, and differences compare rules on the same questions.
 #
 # The outputs below are from shortened quickstarts: SmolLM2-135M, trained for 16 steps on HotpotQA texts of at most 768
-# tokens, on two CPU cores, and validated on 12 questions. So few questions settle nothing, and the intervals show that.
+# tokens, on two CPU cores, and validated on 12 questions. So few questions prove nothing, and the intervals show that.
 # Paragraphs that begin with *These runs* are true of those runs only.
 
 # %%
@@ -109,5 +109,5 @@ only_one["question"] = only_one["question"].str.rpartition("Question: ")[2].str.
 only_one.round(3)
 
 # %% [markdown]
-# *These runs:* the latest run (K = 32) answers two questions that the oldest one (K = 8) does not, and there is none the
-# other way round.
+# *These runs:* the latest run (K = 32) answers two questions that the oldest one (K = 8) does not. No question is answered
+# by the oldest one alone.

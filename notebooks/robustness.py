@@ -44,7 +44,7 @@ pd.options.display.max_colwidth = None
 # %% [markdown]
 # ## Choose a study
 #
-# Files are looked for in this folder and in those above it. The list names the parts of the study.
+# Files are searched for in this folder and in its parent folders. The list names the parts of the study.
 
 # %%
 results = "study/results.jsonl"
