@@ -8,6 +8,8 @@ import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# pytest-xdist gives its workers 80 columns. Tables in a file have a width of their own.
+os.environ.pop("COLUMNS", None)
 
 import hypothesis
 import pytest
