@@ -221,13 +221,17 @@ def _at_budgets(product: Product, asked: Asked, tokens: int, backbone: Backbone)
                 error.field = of_product if len(product.factors) > 1 else "--budgets"
                 # The rest of a budget has many digits.
                 error.value = round(error.value, 4) if isinstance(error.value, float) else error.value
-            # Only systems that "all" added are left out; those that the user named, and the rule itself, must work.
-            if ALL not in asked.systems or product.text in (*asked.systems, f"{RULE}{LagRelative.__name__}"):
+            if _must_work(product, asked):
                 raise
             left_out.append(f"{product.words} at {share:g} is left out: {error}")
             continue
         found[f"-at-{round(share * tokens)}-of-{tokens}"] = sized
     return found, left_out
+
+
+def _must_work(product: Product, asked: Asked) -> bool:
+    """Whether the user named a product, or it is the rule itself; others, which "all" added, may be left out."""
+    return ALL not in asked.systems or product.text in (*asked.systems, f"{RULE}{LagRelative.__name__}")
 
 
 def _factorable(products: list[Product], asked: Asked, backbone: Backbone) -> tuple[list[Product], list[str]]:
@@ -243,7 +247,7 @@ def _factorable(products: list[Product], asked: Asked, backbone: Backbone) -> tu
             if product.narrow is not None:
                 _check_low_rank(product.narrow, asked, backbone)
         except UserError as error:
-            if ALL not in asked.systems or product.text in asked.systems:
+            if _must_work(product, asked):
                 raise
             left_out.append(f"{product.words} is left out: {error}")
             continue

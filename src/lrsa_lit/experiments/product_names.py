@@ -71,7 +71,7 @@ def products_of(names: Sequence[str], rule: LRSAConfig) -> tuple[list[Product], 
 
 
 def _check_distinct(compressor: Compressor) -> None:
-    """Raise a UserError if the compressor, with its defaults, answers as another one does."""
+    """Raise a UserError if the compressor, with its defaults, answers as another one does or with random gates."""
     if compressor.plain is not compressor:
         raise UserError("compressor", reason=f"it answers as rule-{type(compressor.plain).__name__} does")
     if isinstance(compressor, TokenGate) and compressor.weights is None:

@@ -7,6 +7,7 @@ outside of blocks is kept byte for byte. Documents about several studies name th
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import os
@@ -76,9 +77,12 @@ class Blocks:
         self.tables = {f"{part}/{name}": Table(cells, part, name) for part in study.parts
                        for name in study.parts[part]["sets"]}  # fmt: skip
         for name, table in self.tables.items():
+            # Its intervals take time, and both blocks need it.
+            section = functools.cache(partial(at_budgets.section_of, table.data_set, [table]))
             self.texts |= {name: partial(_full, table), f"{name}/places": partial(_places, table, data),
-                           f"{name}/budgets": partial(_at_budgets, table)}  # fmt: skip
-            self.plots[f"{name}/budgets/plot"] = f"{name}: quality against cache bytes", partial(_against_cache, table)
+                           f"{name}/budgets": partial(_at_budgets, table, section)}  # fmt: skip
+            against = partial(_against_cache, table, section)
+            self.plots[f"{name}/budgets/plot"] = f"{name}: quality against cache bytes", against
             self.plots[f"{name}/plot"] = f"{name}: {self._about(table)}", partial(self._plot, table)
         self.texts = {part: partial(self._matrices, part) for part in study.parts} | self.texts
 
@@ -274,12 +278,12 @@ def _full(table: Table) -> str:
     return _counted(table) + tables.full(table).markdown() if table.cells else ""
 
 
-def _at_budgets(table: Table) -> str:
-    return _counted(table) + at_budgets.section_of(table.data_set, [table]).markdown() if table.cells else ""
+def _at_budgets(table: Table, section: Callable[[], at_budgets.Section]) -> str:
+    return _counted(table) + section().markdown() if table.cells else ""
 
 
-def _against_cache(table: Table) -> Figure | None:
-    return at_budgets.section_of(table.data_set, [table]).figure if table.cells else None
+def _against_cache(table: Table, section: Callable[[], at_budgets.Section]) -> Figure | None:
+    return section().figure if table.cells else None
 
 
 def _places(table: Table, data: Path | None) -> str:
