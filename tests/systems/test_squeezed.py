@@ -26,6 +26,17 @@ def indexed(system):
     return streams
 
 
+@pytest.mark.parametrize("limit", ["ops.sparse_attention.clustering._DISTANCES", "systems.squeezed._NUMBERS"])
+def test_clusters_do_not_depend_on_what_is_in_memory_at_a_time(limit, monkeypatch):
+    """Distances are computed for a few keys at a time, and layers are clustered together or one by one."""
+    system = SqueezedAttention(0.7, observed=4, clusters=1 / 3, coarse=1 / 6)
+    whole = indexed(system)
+    monkeypatch.setattr(f"lrsa_lit.{limit}", 40)
+    for stream, other in zip(whole, indexed(system), strict=True):
+        torch.testing.assert_close(stream.levels, other.levels)
+        torch.testing.assert_close(stream.thresholds, other.thresholds)
+
+
 def kept(stream, layer, queries):
     """The positions that each head reads for some of the user's queries."""
     found = stream.lookup(USER[layer][None, :, None, queries], 0.5)[0]

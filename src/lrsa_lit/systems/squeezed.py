@@ -5,7 +5,7 @@ Dimensions: B batch, H key-value heads, G query heads of each, N new tokens, n c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
@@ -15,9 +15,12 @@ from torch import Tensor
 from lrsa_lit.bounds import check_setting, is_integer, is_weight
 from lrsa_lit.ops.sdpa import sdpa
 from lrsa_lit.ops.sparse_attention import Impl, KeyValueStream, Stream
-from lrsa_lit.ops.sparse_attention.clustering import cluster_members
+from lrsa_lit.ops.sparse_attention.clustering import cluster_labels, cluster_sums
 from lrsa_lit.ops.sparse_attention.compressors import gather_kept
 from lrsa_lit.systems.system import Place, System
+
+_NUMBERS = 1 << 26
+"""The most numbers in the keys of layers that are clustered at once."""
 
 
 class Level(NamedTuple):
@@ -55,15 +58,13 @@ class Level(NamedTuple):
 
 def labels_of(keys: Tensor, count: int, iterations: int) -> Tensor:
     """(B, H, n) int64: the cluster of each key (B, H, n, D). The paper initialises k-means with k-means++ instead."""
-    return cluster_members(keys, count, iterations, until_settled=True).argmax(dim=-2)
+    return cluster_labels(keys, count, iterations, until_settled=True)
 
 
 def centroids(keys: Tensor, labels: Tensor, count: int) -> Tensor:
     """(B, H, K, D): the mean of the raw keys (B, H, n, D) of each cluster, in the keys' dtype; zeros if empty."""
-    members = labels[:, :, None] == torch.arange(count, device=keys.device)[:, None]
-    weights = members.to(torch.promote_types(keys.dtype, torch.float32))
-    sums = weights @ keys.to(weights.dtype)
-    return (sums / weights.sum(dim=-1, keepdim=True).clamp(min=1)).to(keys.dtype)
+    sums, size = cluster_sums(keys.to(torch.promote_types(keys.dtype, torch.float32)), labels, count)
+    return (sums / size.clamp(min=1)).to(keys.dtype)
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,8 @@ class SqueezedAttention(System):
     def end_prompt(self, streams: Sequence[Stream]) -> None:
         """Cluster each layer's keys, and compute the thresholds over all layers."""
         fresh = [stream for stream in streams if isinstance(stream, SqueezedStream) and stream.levels is None]
-        for stream in fresh:
-            stream.cluster()
+        for some in _together(fresh):
+            self._cluster(some)
         if not any(stream.levels for stream in fresh):
             return
         shares = (self.sparsity,) if self.coarse is None else (self.coarse_sparsity, self.sparsity)
@@ -129,6 +130,34 @@ class SqueezedAttention(System):
             threshold = quantile(torch.cat(scores, dim=1), share)
             for stream in fresh:
                 stream.thresholds.append(threshold)
+
+    def _cluster(self, streams: Sequence[SqueezedStream]) -> None:
+        """Cluster all tokens except the last ``observed``, in several layers at once."""
+        keys = torch.cat([stream.clustered for stream in streams])
+        levels = self._levels(keys) if keys.shape[2] else []
+        parts = [zip(*(part.chunk(len(streams)) for part in level), strict=True) for level in levels]
+        for stream in streams:
+            stream.index([Level(*next(part)) for part in parts])
+
+    def _levels(self, keys: Tensor) -> list[Level]:
+        """The clusterings of keys (B, H, n, D), coarse first."""
+        count = keys.shape[2]
+        fine = max(1, int(self.clusters * count))
+        labels = labels_of(keys, fine, self.iterations)
+        levels = [Level(labels, centroids(keys, labels, fine))]
+        if self.coarse is not None:
+            coarse = max(1, int(self.coarse * count))
+            of_tokens = labels_of(levels[0].centroids, coarse, self.iterations).gather(2, labels)
+            levels.insert(0, Level(of_tokens, centroids(keys, of_tokens, coarse)))
+        return levels
+
+
+def _together(streams: Sequence[SqueezedStream]) -> Iterator[Sequence[SqueezedStream]]:
+    """Groups of layers whose keys are clustered at once, because each call costs the host as much for one layer."""
+    size = max((stream.buffer.filled[0].numel() for stream in streams), default=1)
+    at_once = max(1, _NUMBERS // max(size, 1))
+    for start in range(0, len(streams), at_once):
+        yield streams[start : start + at_once]
 
 
 def quantile(scores: Tensor, share: float) -> Tensor:
@@ -157,7 +186,9 @@ class SqueezedStream(KeyValueStream):
         self.thresholds: list[Tensor] = []
         self.reads: list[Tensor] = []
         self._waiting: Tensor | None = None
-        self._scale, self._unread = 1.0, 0.0
+        self._scale = 1.0
+        # Numbers on the device, so that the host need not wait for them at each token.
+        self._unread: Tensor | float = 0.0
 
     @property
     def nbytes(self) -> int:
@@ -169,7 +200,7 @@ class SqueezedStream(KeyValueStream):
     @property
     def attended_pairs(self) -> float:
         """The dense pairs without the clustered keys that tokens after the prompt have not read."""
-        return super().attended_pairs - self._unread
+        return super().attended_pairs - float(self._unread)
 
     @property
     def read_share(self) -> float | None:
@@ -177,7 +208,7 @@ class SqueezedStream(KeyValueStream):
         if not self.reads:
             return None
         dense = range(self.seen - len(self.reads) + 1, self.seen + 1)
-        return sum(float(read.double().mean()) for read in self.reads) / sum(dense)
+        return float(torch.stack(self.reads).double().mean(dim=(1, 2)).sum()) / sum(dense)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """See :class:`Stream`."""
@@ -190,22 +221,17 @@ class SqueezedStream(KeyValueStream):
             return super().attend(query, key, value, scale)
         return self._attend_squeezed(grouped, *self.extend(key, value), scale).flatten(1, 2)
 
-    def cluster(self) -> None:
-        """Cluster all tokens except the last ``observed``."""
-        self.levels, system = [], self.system
+    @property
+    def clustered(self) -> Tensor:
+        """The keys (B, H, n, D) of the prompt without its last ``observed`` tokens."""
         key, _ = self.buffer.filled
-        keys = key[:, :, : max(key.shape[2] - system.observed, 0)]
-        count = keys.shape[2]
-        if count == 0:
+        return key[:, :, : max(key.shape[2] - self.system.observed, 0)]
+
+    def index(self, levels: list[Level]) -> None:
+        """Store the clusterings; empty if there is nothing to cluster."""
+        self.levels = levels
+        if not levels:
             self._waiting = None
-            return
-        fine = max(1, int(system.clusters * count))
-        labels = labels_of(keys, fine, system.iterations)
-        self.levels = [Level(labels, centroids(keys, labels, fine))]
-        if system.coarse is not None:
-            coarse = max(1, int(system.coarse * count))
-            of_tokens = labels_of(self.levels[0].centroids, coarse, system.iterations).gather(2, labels)
-            self.levels.insert(0, Level(of_tokens, centroids(keys, of_tokens, coarse)))
 
     def observed_scores(self, level: int) -> Tensor:
         """(B, H, n): the estimated attention of the stored queries to each key, at one level alone."""
@@ -244,7 +270,7 @@ class SqueezedStream(KeyValueStream):
         most = int(chosen.sum(dim=-1).max())
         listed = chosen.sort(dim=-1, descending=True, stable=True).indices[..., :most]
         split = chosen.shape[2]
-        self._unread += count * float((~chosen).sum(dim=-1).double().mean())
+        self._unread = self._unread + count * (~chosen).sum(dim=-1).double().mean()
         keys, values = (
             torch.cat([gather_kept(rows[:, :, :split], listed), rows[:, :, split:]], dim=2) for rows in (key, value)
         )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lrsa_lit.bounds import check_setting, is_integer
-from lrsa_lit.ops.sparse_attention.clustering import cluster_members
+from lrsa_lit.ops.sparse_attention.clustering import cluster_labels, members
 from lrsa_lit.ops.sparse_attention.compressors import Compressor, Partitions
 
 
@@ -85,12 +85,13 @@ class Centroids(Compressor):
     def compress(self, partitions: Partitions) -> tuple[Tensor, Tensor, Tensor]:
         """Means (B, H, P, K, D) of keys and of values, and the bias (B, H, P, K)."""
         key, value = partitions.key, partitions.value
-        members = cluster_members(key, partitions.top_k, self.iterations)
-        count = members.sum(dim=-1)
+        labels = cluster_labels(key, partitions.top_k, self.iterations)
+        own = members(labels, partitions.top_k, torch.promote_types(key.dtype, torch.float32))
+        count = own.sum(dim=-1)
         empty = count == 0
         bias = (count.log() if self.weigh else torch.zeros_like(count)).masked_fill(empty, _NO_WEIGHT)
         # An empty cluster gets the mean of all keys: no query scores that higher than every other cluster.
-        weights = members.masked_fill(empty[..., None], 1.0)
+        weights = own.masked_fill(empty[..., None], 1.0)
         weights = weights / weights.sum(dim=-1, keepdim=True)
         compact_key, compact_value = (weights @ tokens.to(weights.dtype) for tokens in (key, value))
         return compact_key.to(key.dtype), compact_value.to(value.dtype), bias
