@@ -46,6 +46,19 @@ def test_recorded_states(policy, eager):
     assert states(system, scores, 5) == [*wanted[4::5], wanted[-1]]
 
 
+@pytest.mark.parametrize("eager", [True, False])
+def test_few_plans_serve_all_tokens(eager):
+    """What is accepted next is the same in each phase, so that nothing is planned anew for each token of an answer."""
+    system = Cascade(window=3, caches=4, sink_size=2, eager=eager)
+    for seen in range(60):
+        phase = system.phase(seen)
+        accepted = [
+            [system.accepts(cache, start + n) for start in (seen, phase)] for cache in range(4) for n in range(9)
+        ]
+        assert all(now == then for now, then in accepted)
+    assert len({system.phase(seen) for seen in range(system.capacity + 1, 1000)}) == 8
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 20])
 def test_a_long_recorded_state(tokens):
     found = states(sized("policy_c"), INPUTS["policy_scores_40"], tokens)

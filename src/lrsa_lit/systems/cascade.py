@@ -97,6 +97,14 @@ class Cascade(System):
         """Whether a sub-cache accepts the pair that reaches it when a token arrives, instead of letting it compete."""
         return (self.eager and token <= self.capacity) or (token - self.sink_size) % 2**cache == 0
 
+    def phase(self, seen: int) -> int:
+        """The earliest number of tokens seen after which sub-cache by sub-cache the same arrivals are accepted.
+
+        So few plans serve all tokens of an answer, and all rows.
+        """
+        first = self.capacity + 1 if self.eager else 0
+        return seen if seen < first else first + (seen - first) % 2 ** (self.caches - 1)
+
     def plan(self, counts: tuple[int, ...], seen: int, tokens: int) -> tuple[list[list[list[int]]], tuple[int, ...]]:
         """Plan which pairs compete for which slots when tokens arrive. It is the same for all heads and scores.
 
@@ -157,7 +165,7 @@ def keep(system: Cascade, counts: tuple[int, ...], seen: int, score: Tensor) -> 
         counts.
     """
     tokens = score.shape[-1] - sum(counts)
-    tables, after = _plan(system, counts, seen, tokens, score.device)
+    tables, after = _plan(system, counts, system.phase(seen), tokens, score.device)
     columns = torch.arange(score.shape[-1], device=score.device).expand(score.shape)
     *held, arrived = columns.split([counts[0], *reversed(counts[1:]), tokens], dim=-1)
     new_sinks = after[0] - counts[0]
@@ -190,6 +198,7 @@ class CascadeStream(Stream):
         self.system, self.place, self.rotary = system, place, place.rotary
         self.seen, self.stride = 0, system.stride
         self.counts = system.empty
+        self._pairs = 0
         self._pair: Pair | None = None
         # Scores (B, H, n), and the attention (B, H, G, M) from the queries of the current stride so far.
         self._score: Tensor | None = None
@@ -212,8 +221,8 @@ class CascadeStream(Stream):
 
     @property
     def attended_pairs(self) -> float:
-        """The pairs of a prompt of this length."""
-        return self.system.attended_pairs(self.seen)
+        """See :class:`Stream`."""
+        return self._pairs
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """See :class:`Stream`; calls are split where strides end."""
@@ -247,6 +256,7 @@ class CascadeStream(Stream):
         output, gain = attention_and_sums(grouped, rotated, self._pair[1], scale, weights)
         self._gain = gain if self._gain is None else pad(self._gain, (0, count)) * beta**count + gain
         self.seen += count
+        self._pairs += count * (len(slots) - count) + attended_pairs(count, None)
         return output.flatten(1, 2)
 
     def _insert(self) -> None:
@@ -265,7 +275,7 @@ class CascadeStream(Stream):
     def rows(self, indices: Tensor) -> CascadeStream:
         """See :class:`Stream`."""
         other = CascadeStream(self.system, self.place)
-        other.seen, other.stride, other.counts = self.seen, self.stride, self.counts
+        other.seen, other.stride, other.counts, other._pairs = self.seen, self.stride, self.counts, self._pairs
         other._pair = None if self._pair is None else (self._pair[0][indices], self._pair[1][indices])
         other._score = None if self._score is None else self._score[indices]
         other._gain = None if self._gain is None else self._gain[indices]

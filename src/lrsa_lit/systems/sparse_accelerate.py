@@ -167,10 +167,10 @@ class Masks:
         """Attention (B, H, G, T, D) through the pattern of each head, and the pairs (B, H, G) that it attends to."""
         outputs, pairs = [], torch.zeros_like(patterns)
         chosen = patterns[..., None, None]
-        for numbers in self.places.split(_QUERIES):
+        for start, numbers in zip(range(0, self.tokens, _QUERIES), self.places.split(_QUERIES), strict=True):
             seen = torch.stack([mask(numbers).expand(*patterns.shape, -1, -1) for mask in self.masks])
             mask = torch.where(chosen == 0, seen[0], torch.where(chosen == 1, seen[1], seen[2]))
-            queries = self.query[:, :, :, numbers[0] : numbers[-1] + 1]
+            queries = self.query[:, :, :, start : start + _QUERIES]
             keys, values = (rows[:, :, None].expand(-1, -1, patterns.shape[2], -1, -1) for rows in (self.key, value))
             outputs.append(sdpa(queries, keys, values.to(keys.dtype), mask=mask, scale=self.scale))
             pairs += mask.sum(dim=(-2, -1))
