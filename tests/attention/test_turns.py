@@ -6,7 +6,7 @@ import torch
 from lrsa_lit.attention import Greedy, LRSACache, LRSAConfig, enable, prefill, read_prompts
 from lrsa_lit.attention.decoding import Decoder, greedy
 from lrsa_lit.models.tiny import tiny_model
-from lrsa_lit.systems import KeyDiff, SnapKV, SqueezedAttention, StreamingLLM
+from lrsa_lit.systems import AdaKV, ChunkKVPress, KeyDiff, KeyNorm, KVzip, SnapKV, SqueezedAttention, StreamingLLM
 
 RULE = LRSAConfig(sink_size=2, lag_size=8, top_k=3)
 LENGTHS = (61, 30, 47)
@@ -36,11 +36,20 @@ def test_a_rule_knows_no_turns(prepared):
     assert together == Greedy(model, [2], max_new_tokens=12)(ids, mask)
 
 
-@pytest.mark.parametrize("system", [SnapKV(0.3, window=4), StreamingLLM(0.2, sink_size=2)])
-def test_answers_are_those_of_each_conversation_alone(system, prepared):
+CUTTING = [
+    SnapKV(0.3, window=4), StreamingLLM(0.2, sink_size=2), AdaKV(0.3, scorer=KeyNorm()),
+    AdaKV(pairs=2, alpha=0.0, scorer=KeyDiff()), ChunkKVPress(0.4, scorer=KeyNorm(), size=7),
+    KVzip(0.4, chunk=16),
+]  # fmt: skip
+"""From the third on, each head or row of each layer keeps another number of pairs."""
+
+
+@pytest.mark.parametrize("longest", [0, max(LENGTHS)])
+@pytest.mark.parametrize("system", CUTTING, ids=lambda system: type(system).__name__)
+def test_answers_are_those_of_each_conversation_alone(system, longest, prepared):
     model = enable(tiny_model().eval(), RULE.replace(system=system))
     ids, mask = batch()
-    answers = Greedy(model, [2], max_new_tokens=12)
+    answers = Greedy(model, [2], max_new_tokens=12, longest_prompt=longest, encode=lambda text: list(text.encode()[:3]))
     together = answers(ids, mask, FIRSTS)
     assert [row.tokens for row in answers.usage.rows] == [2 * length for length in LENGTHS]  # in two layers
     for row, (length, first) in enumerate(zip(LENGTHS, FIRSTS, strict=True)):

@@ -35,7 +35,6 @@ class AdaKV(Rescored):
 
     alpha: float = 0.2
     rows_differ: ClassVar[bool] = True
-    graphable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,7 +73,10 @@ def highest_together(scores: Tensor, count: int) -> Tensor:
 
 
 class UnequalStream(OneShotStream):
-    """A one-row stream that, after the selection, has one stream per group of heads with equally many pairs."""
+    """A one-row stream that, after the selection, has one stream per head.
+
+    Heads that happen to keep equally many pairs have streams of their own, too, so that all rows have the same parts.
+    """
 
     _grouped: GroupedStream | None = None
 
@@ -82,6 +84,11 @@ class UnequalStream(OneShotStream):
     def parts(self) -> Sequence[Stream]:
         """See :class:`Stream`."""
         return (self,) if self._grouped is None else self._grouped.parts
+
+    @property
+    def groups(self) -> HeadGroups | None:
+        """See :class:`Stream`."""
+        return None if self._grouped is None else self._grouped.groups
 
     @property
     def stored(self) -> Pair | None:
@@ -100,17 +107,25 @@ class UnequalStream(OneShotStream):
         self.seen += key.shape[2]
         return self._grouped.attend(query, key, value, scale)
 
+    def count(self, tokens: int) -> None:
+        """See :class:`KeyValueStream`."""
+        if self._grouped is None:
+            super().count(tokens)
+        else:
+            self._grouped.count(tokens)
+            self.seen += tokens
+
     def cut(self, kept: Tensor) -> None:
         """Keep only the pairs at these positions (1, H, most of a head); -1 is padding."""
         (counts,) = (kept >= 0).sum(dim=-1).tolist()
-        heads_of = {count: tuple(head for head, own in enumerate(counts) if own == count) for count in counts}
         parts = []
-        for count, heads in heads_of.items():
-            part, group = KeyValueStream(None, self.impl), list(heads)
-            pairs = (gather_kept(held[:, group], kept[:, group, :count]) for held in self.buffer.filled)
+        for head, count in enumerate(counts):
+            part, own = KeyValueStream(None, self.impl), slice(head, head + 1)
+            pairs = (gather_kept(held[:, own], kept[:, own, :count]) for held in self.buffer.filled)
             part._store, part.seen = PairBuffer(*pairs), self.seen
             parts.append(part)
-        self._grouped, self._store = GroupedStream(HeadGroups(tuple(heads_of.values())), parts), None
+        groups = HeadGroups(tuple((head,) for head in range(len(counts))))
+        self._grouped, self._store = GroupedStream(groups, parts), None
         self.forget_queries(kept)
 
     def rows(self, indices: Tensor) -> UnequalStream:

@@ -34,7 +34,6 @@ class ChunkKVPress(Rescored):
 
     size: int = 20
     rows_differ: ClassVar[bool] = True
-    graphable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,7 +82,6 @@ class ChunkKV(OneShot):
     window: int = 16
     reuse: int = 1
     rows_differ: ClassVar[bool] = True
-    graphable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

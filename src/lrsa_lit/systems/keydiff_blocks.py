@@ -107,10 +107,6 @@ class BlockStream(KeyValueStream):
             self._store = PairBuffer(*self.buffer.filled)
             self._answers = True
 
-    def most_stored(self, tokens: int) -> int:
-        """See :class:`KeyValueStream`."""
-        return self.buffer.length + tokens
-
     def rows(self, indices: Tensor) -> BlockStream:
         """See :class:`Stream`."""
         other = BlockStream(self.system, self.impl)

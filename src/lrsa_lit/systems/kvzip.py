@@ -54,7 +54,6 @@ class KVzip(OneShot):
     first: str = "\n\nRepeat the previous context exactly."
     later: str = "\n\nRepeat the part of the previous context exactly, starting with"
     suffix: str = "\n"
-    graphable: ClassVar[bool] = False
     rows_differ: ClassVar[bool] = True
     repeats_prompt: ClassVar[bool] = True
 

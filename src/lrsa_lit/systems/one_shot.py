@@ -231,10 +231,6 @@ class OneShotStream(KeyValueStream):
         """Drop the stored queries after the selection, and record the kept positions."""
         self.kept, self._waiting, self._moments, self._cut_at = kept.cpu(), None, None, self.seen
 
-    def most_stored(self, tokens: int) -> int:
-        """See :class:`KeyValueStream`."""
-        return self.buffer.length + tokens
-
     def rows(self, indices: Tensor) -> OneShotStream:
         """See :class:`Stream`."""
         other = type(self)(self.system, self.place, self.impl)

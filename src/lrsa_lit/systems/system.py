@@ -95,11 +95,11 @@ class System(FromSettings, ABC):
             with it, and losses need no cache.
         needs_rotary: whether it removes the rotation of keys.
         needs_whole_prompt: whether a prompt must come in one call.
-        graphable: whether its streams are KeyValueStreams that are equally full in all layers after the prompt, so that
-            single tokens can be decoded by a CUDA graph.
+        graphable: whether the parts of its streams are KeyValueStreams after the prompt, so that single tokens can be
+            decoded by a CUDA graph. Unless ``rows_differ``, they are equally full in all layers.
         answers_by_token: whether the attention of an answer token depends on the other tokens of the same call.
-        rows_differ: whether rows of a batch may hold different numbers of pairs after the prompt, so that each row
-            needs its own stream.
+        rows_differ: whether rows of a batch, layers and heads may hold different numbers of pairs after the prompt, so
+            that each row needs its own stream.
         repeats_prompt: whether the model must read :meth:`repeats` before the prompt ends.
         question: whether the prompt ends after the question of the first turn instead of after the context. Systems
             that select from the prompt have it as a field, false by default.

@@ -11,7 +11,7 @@ import itertools
 import math
 import operator
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,12 +68,10 @@ class Decoder:
         # The memory of each layer of the cache, and of each part of each layer.
         self.layers: list[_LayerMemory | _GroupedMemory] = []
         self._memories: list[_LayerMemory] = []
-        # Parts with the same rule or system always hold the same number of tokens.
-        by_rule: dict[tuple[Rule | None, System | None], list[int]] = {}
-        for index, kind in enumerate(_kinds_of_parts(cache)):
-            by_rule.setdefault(kind, []).append(index)
-        self._parts_of_rules = list(by_rule.values())
-        self._places_at_once = [_at_once(*kind, room, longest) for kind in by_rule]
+        # Parts that always hold the same number of tokens, and the capacity to give each of them at once.
+        self._parts_of_rules: list[list[int]] = []
+        self._places_at_once: list[int] = []
+        self._longest = longest
         self._graphable = model.device.type == "cuda" and not _waits_for_lengths(model)
         # An unbound function: a bound method would be a reference cycle, and the graph and its memory would stay
         # allocated until the garbage collector runs.
@@ -127,6 +125,11 @@ class Decoder:
             self._known = [list(streams) for streams in now]
             parts = ([stream.parts for stream in streams] for streams in now)
             self._streams = [list(rows) for of_layer in parts for rows in zip(*of_layer, strict=True)]  # type: ignore[arg-type]
+            by_kind: dict[_Kind, list[int]] = {}
+            for index, kind in enumerate(_kinds_of_parts(self.cache)):
+                by_kind.setdefault(kind, []).append(index)
+            self._parts_of_rules = list(by_kind.values())
+            self._places_at_once = [_at_once(kind, self.room, self._longest) for kind in by_kind]
         return self._streams
 
     def _compress(self, streams: Streams) -> None:
@@ -181,8 +184,8 @@ class Decoder:
         ]
         memories = iter(self._memories)
         for layer in self.cache.layers:
-            grouped = isinstance(layer.rule, HeadRules)
-            self.layers.append(_GroupedMemory(layer.rule.groups, memories) if grouped else next(memories))
+            groups = layer.streams[0].groups
+            self.layers.append(next(memories) if groups is None else _GroupedMemory(groups, memories))
         self._prepared = _tensors(streams)
 
     def _launch(self) -> Tensor:
@@ -356,7 +359,7 @@ class _LayerMemory:
 
 
 class _GroupedMemory:
-    """The memory of a layer with :class:`HeadRules`: it takes the memory of each of its groups from ``memories``."""
+    """The memory of a layer whose heads differ: it takes the memory of each group of heads from ``memories``."""
 
     def __init__(self, groups: HeadGroups, memories: Iterator[_LayerMemory]) -> None:
         self.groups = groups
@@ -373,19 +376,39 @@ def _tensors(streams: Streams) -> list[tuple[Tensor, ...]]:
     return [buffer.whole for rows in streams for stream in rows for buffer in stream.buffers]
 
 
-def _kinds_of_parts(cache: LRSACache) -> Iterator[tuple[Rule | None, System | None]]:
-    """The rule and the system of each part of each layer."""
+class _Kind(NamedTuple):
+    """What determines how many tokens a part of a layer holds: all parts of a kind hold equally many.
+
+    Attributes:
+        rule: its rule, if it has no system.
+        system: its system.
+        part: the part's own number, if its system keeps another number of tokens in each.
+    """
+
+    rule: Rule | None
+    system: System | None
+    part: int | None = None
+
+
+def _kinds_of_parts(cache: LRSACache) -> Iterator[_Kind]:
+    """The kind of each part of each layer."""
+    numbers = itertools.count()
     for index, layer in enumerate(cache.layers):
-        rules = layer.rule.rules if isinstance(layer.rule, HeadRules) else (layer.rule,)
-        for rule in rules:
-            yield rule, cache.config.layers.system_of(index)
+        system = cache.config.layers.system_of(index)
+        parts = layer.streams[0].parts
+        if system is not None and system.rows_differ:
+            yield from (_Kind(None, system, next(numbers)) for _ in parts)
+        else:
+            rules = layer.rule.rules if isinstance(layer.rule, HeadRules) else (layer.rule,)
+            yield from (_Kind(rule, system) for rule in rules)
 
 
-def _at_once(rule: Rule | None, system: System | None, room: int, longest: int) -> int:
+def _at_once(kind: _Kind, room: int, longest: int) -> int:
     """The capacity for rows of ``longest`` tokens; with a system, for what it keeps of them and ``room`` more."""
-    if system is None or not longest:
-        return KeyValueStream(rule).most_stored(longest)
-    return math.ceil(system.held(longest)) + room
+    if kind.system is None or not longest:
+        return KeyValueStream(kind.rule).most_stored(longest)
+    # A part may keep more than the mean, and less in one prompt than in the next.
+    return longest if kind.system.rows_differ else math.ceil(kind.system.held(longest)) + room
 
 
 def _waits_for_lengths(model: Any) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lrsa_lit.ops.sparse_attention.buffer import Pair
 from lrsa_lit.ops.sparse_attention.geometry import attended_pairs
+from lrsa_lit.ops.sparse_attention.head_rules import HeadGroups
 
 
 class Stream(ABC):
@@ -37,6 +38,11 @@ class Stream(ABC):
     def parts(self) -> Sequence[Stream]:
         """The streams that this one consists of: one per group of heads with equally many pairs, or only itself."""
         return (self,)
+
+    @property
+    def groups(self) -> HeadGroups | None:
+        """The heads of each of the :attr:`parts`; None if this stream is the only part."""
+        return None
 
     @property
     def stored_shape(self) -> torch.Size | None:

@@ -24,7 +24,7 @@ class GroupedStream(Stream):
     """
 
     def __init__(self, groups: HeadGroups, parts: Sequence[Stream]) -> None:
-        self.groups = groups
+        self._groups = groups
         self._parts = parts
         self.seen = parts[0].seen
 
@@ -32,6 +32,11 @@ class GroupedStream(Stream):
     def of(cls, rules: HeadRules, impl: Impl) -> GroupedStream:
         """An empty stream for heads with different rules."""
         return cls(rules.groups, [KeyValueStream(rule, impl) for rule in rules.rules])
+
+    @property
+    def groups(self) -> HeadGroups:
+        """See :class:`Stream`."""
+        return self._groups
 
     @property
     def parts(self) -> Sequence[Stream]:
