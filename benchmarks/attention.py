@@ -5,7 +5,8 @@
 Times the Triton kernels, selection and gather included, against dense cuDNN (torch SDPA), each in its fastest form:
 forward, and forward + backward, medians in one process. A correctness gate comes first, and a red one ends the run.
 Writes ``results/attention.json`` and ``attention.png``. Cells that the file has from the same commit, device and
-versions are not measured again; none is begun after ``--seconds``. Other attentions: ``attention_peers.py``.
+versions are not measured again; none is begun after ``--seconds``. A cell that fails is written with the reason, and
+the exit code is then 1. Other attentions: ``attention_peers.py``.
 
 *Efficiency* = dense cuDNN time x (pairs attended / pairs of dense causal attention) / LRSA time: 1.0 means as good per
 pair as cuDNN. Sizes up to 32k are timed as CUDA graphs, for LRSA and dense alike. ``queued`` is the time of forward +
@@ -16,18 +17,20 @@ backward without graphs, eight calls launched in a row as the layers of a model 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from attention_cells import Cell, against, cells_to_do, dense, gate, lrsa, parse
+from attention_cells import Cell, against, dense, gate, lrsa, parse
 from records import Record, about
 from selection import select_only
 from timing import median
 from torch.nn.attention import SDPBackend
 
 from lrsa_lit.ops.sparse_attention import attended_pairs
+from lrsa_lit.ops.sparse_attention.gluon import hopper
 
 CELLS = [
     *(f"32/8/128:128/32:{tokens}" for tokens in (4096, 8192, 16384, 32768, 131072)),
@@ -39,16 +42,17 @@ CELLS = [
 
 def main(args: list[str] | None = None) -> int:
     started, options = time.perf_counter(), parse(args, __doc__, CELLS)
-    green = gate(options.device)
+    green = gate(options)
     print(f"correctness gate: {'green' if green else 'RED'}")
     if not green:
         return 1
     record = Record(options.out / "attention.json", about(device=options.device), Cell._fields)
-    for cell in cells_to_do(options, record, started):
-        record.add(_measure(cell, options))
-        _print_row(record.rows[-1], cell)
-    _plot({**record.about, "rows": record.rows}, options.out / "attention.png")
-    return 0
+    wanted = [(cell._asdict(), functools.partial(_measure, cell, options)) for cell in options.cells]
+    for row in record.measure(wanted, started + options.seconds):
+        _print_row(row)
+    rows = [row for row in record.rows if "skipped" not in row]
+    _plot({**record.about, "rows": rows}, options.out / "attention.png")
+    return int(len(rows) < len(record.rows))
 
 
 def _measure(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
@@ -60,10 +64,15 @@ def _measure(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
         flops = 4 * cell.query_heads * cell.dim * attended_pairs(cell.tokens, cell.rule) * factor
         ours[f"tflops_{name}"] = flops / ours[name] * 1e-9
     ours |= against(ours, cudnn, cell.pair_share)
-    return {**cell._asdict(), "lrsa": ours, "selection": selecting, "cudnn": cudnn, "pair_share": cell.pair_share}
+    more = {"pair_share": cell.pair_share, "hopper": hopper.suits(*tensors)}
+    return {"lrsa": ours, "selection": selecting, "cudnn": cudnn, **more}
 
 
-def _print_row(row: dict[str, Any], cell: Cell) -> None:
+def _print_row(row: dict[str, Any]) -> None:
+    cell = Cell(*(row[name] for name in Cell._fields))
+    if "skipped" in row:
+        print(f"{cell!s:34} skipped: {row['skipped']}", flush=True)
+        return
     ours, cudnn = row["lrsa"], row["cudnn"]
     parts = [
         f"{cell!s:34} lrsa {ours['forward']:.3f}/{ours['both']:.3f} ms",

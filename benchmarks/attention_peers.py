@@ -11,21 +11,24 @@
   query heads per key-value head, so they have a cell of their own, with LRSA at the same shape.
 
 Each peer is checked: on 1,024 tokens against float64, FlexAttention against LRSA. One that fails, or is missing, is
-skipped with a line. ``efficiency`` is that of ``attention.py``, with the pairs of the peer. Writes
-``results/attention_peers.json``; ``--seconds`` and repeated runs as in ``attention.py``.
+written with the reason, and tried again by the next run. ``efficiency`` is that of ``attention.py``, with the pairs of
+the peer. Writes ``results/attention_peers.json``; ``--seconds`` and repeated runs as in ``attention.py``.
 """
 
 from __future__ import annotations
 
+import argparse
+import functools
 import importlib.util
+import itertools
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from attention_cells import Cell, against, cells_to_do, dense, gate, lrsa, parse, timed
-from records import Record, about
+from attention_cells import Cell, against, dense, gate, lrsa, parse, timed
+from records import MissingError, Record, about
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -43,49 +46,41 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Query (1, Hq, T, D), keys and values (1, H, T, D) to the output (1, Hq, T, D)."""
 
 
-class MissingError(Exception):
-    """A peer that cannot be measured here, and why."""
-
-
 def main(args: list[str] | None = None) -> int:
     started = time.perf_counter()
     peers: dict[str, Any] = {"nargs": "*", "default": list(PEERS), "choices": PEERS}
     options = parse(args, __doc__, CELLS, peers=peers)
-    if not gate(options.device):
+    if not gate(options):
         print("correctness gate: RED")
         return 1
     packages = about("flash-attn-4", "fla-core", "flash-linear-attention", device=options.device)
-    record = Record(options.out / "attention_peers.json", packages, Cell._fields)
-    for cell in cells_to_do(options, record, started):
-        tensors = cell.inputs(options.device)
-        row: dict[str, Any] = {**cell._asdict(), "pair_share": cell.pair_share}
-        row["cudnn"] = cudnn = dense(SDPBackend.CUDNN_ATTENTION, cell, options.repeats, options.device)
-        ours = lrsa(cell, tensors, options.repeats)
-        row["lrsa"] = ours | against(ours, cudnn, cell.pair_share)
-        _print(cell, "cudnn", cudnn)
-        _print(cell, "lrsa", row["lrsa"])
-        for name in options.peers:
-            row[name] = _measured(name, cell, tensors, cudnn, options.repeats)
-            _print(cell, name, row[name])
-        record.add(row)
+    record = Record(options.out / "attention_peers.json", packages, (*Cell._fields, "who"))
+    wanted = [
+        ({**cell._asdict(), "who": name}, functools.partial(_measured, name, cell, options))
+        for cell, name in itertools.product(options.cells, ["cudnn", "lrsa", *options.peers])
+    ]
+    for row in record.measure(wanted, started + options.seconds):
+        _print(row)
     return 0
 
 
-def _measured(name: str, cell: Cell, tensors: list[Tensor], cudnn: dict[str, float], repeats: int) -> dict[str, Any]:
+def _measured(name: str, cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
+    # Once a process, so that all are compared with times of their own process.
+    cudnn = dense(SDPBackend.CUDNN_ATTENTION, cell, options.repeats, options.device)
+    if name == "cudnn":
+        return {**cudnn, "pair_share": 1.0}
+    tensors = cell.inputs(options.device)
+    if name == "lrsa":
+        found = lrsa(cell, tensors, options.repeats)
+        return {**found, **against(found, cudnn, cell.pair_share), "pair_share": cell.pair_share}
     make, share = PEERS[name]
-    try:
-        attend = make(cell, tensors)
-        # Kernels that tune or compile themselves are not captured.
-        found = timed(cell, tensors, attend, repeats, graphed=name == "flash")
-        # After the times, because kernels tune themselves for the first call that they see.
-        error = _error(name, cell, tensors, attend)
-        if error is not None and error > TOLERANCE:
-            raise MissingError(f"its relative error is {error:.3f}")
-    except MissingError as reason:
-        return {"skipped": str(reason)}
-    except Exception as failure:
-        first = str(failure).strip().splitlines() or [""]
-        return {"skipped": f"{type(failure).__name__}: {first[0][:200]}"}
+    attend = make(cell, tensors)
+    # Kernels that tune or compile themselves are not captured.
+    found = timed(cell, tensors, attend, options.repeats, graphed=name == "flash")
+    # After the times, because kernels tune themselves for the first call that they see.
+    error = _error(name, cell, tensors, attend)
+    if error is not None and error > TOLERANCE:
+        raise MissingError(f"its relative error is {error:.3f}")
     pairs = share(cell)
     return {**found, **against(found, cudnn, pairs), "pair_share": pairs, "error": error}
 
@@ -157,7 +152,8 @@ def flex(cell: Cell, tensors: list[Tensor], compiled: bool = True) -> Attend:
 
     on_gpu = compiled and key.is_cuda
     mask = create_block_mask(visible, None, None, length, n_compact + length, device=str(device), _compile=on_gpu)
-    run = torch.compile(flex_attention) if on_gpu else flex_attention
+    # Not with symbolic lengths, for which the second cell would be compiled.
+    run = torch.compile(flex_attention, dynamic=False) if on_gpu else flex_attention
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         key, value = (torch.cat([part.gather(2, rows), part], dim=2) for part in (key, value))
@@ -261,13 +257,14 @@ PEERS: dict[str, tuple[Callable[[Cell, list[Tensor]], Attend], Callable[[Cell], 
 """By name: what makes the attention for a cell, and the share of dense pairs that it attends to."""
 
 
-def _print(cell: Cell, name: str, found: dict[str, Any]) -> None:
-    if "skipped" in found:
-        print(f"{cell!s:34} {name:14} skipped: {found['skipped']}", flush=True)
+def _print(row: dict[str, Any]) -> None:
+    head = f"{Cell(*(row[name] for name in Cell._fields))!s:34} {row['who']:14}"
+    if "skipped" in row:
+        print(f"{head} skipped: {row['skipped']}", flush=True)
         return
     # cuDNN is the measure of the others.
-    numbers = "" if name == "cudnn" else "efficiency {efficiency_forward:.3f}/{efficiency_both:.3f}".format(**found)
-    print(f"{cell!s:34} {name:14} {found['forward']:.3f}/{found['both']:.3f} ms {numbers}", flush=True)
+    numbers = "" if row["who"] == "cudnn" else "efficiency {efficiency_forward:.3f}/{efficiency_both:.3f}".format(**row)
+    print(f"{head} {row['forward']:.3f}/{row['both']:.3f} ms {numbers}", flush=True)
 
 
 if __name__ == "__main__":

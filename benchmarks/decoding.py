@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decoding_forms import FORMS, Attend, MissingError, StaticDense, draw_cache, grouped_truth
+from decoding_forms import FORMS, Attend, StaticDense, draw_cache, grouped_truth
 from random_model import per_token, random_model, random_tokens
-from records import RESULTS, Record, about
+from records import RESULTS, MissingError, Record, about
 from timing import median
 from torch import Tensor
 from transformers import DynamicCache
@@ -53,16 +53,13 @@ def main(args: list[str] | None = None) -> int:
     packages = ("transformers", "flashinfer-python", "flash-attn-4")
     record = Record(options.out / "decoding.json", about(*packages, device=options.device), KEYS)
     parts = {"layer": _layer_runs, "model": _model_runs}
-    for part, batch, tokens in itertools.product(options.parts, options.batch, options.tokens):
-        for who, run in parts[part](batch, tokens, options):
-            row = {"part": part, "who": who, "batch": batch, "tokens": tokens, "top_k": options.top_k}
-            if record.has(**row):
-                continue
-            if time.perf_counter() - started > options.seconds:
-                print(f"left for another run, from {part} {who}, batch {batch}, {tokens} tokens on")
-                return 0
-            record.add(row | _tried(run))
-            print(*(f"{name} {_shown(value)}" for name, value in record.rows[-1].items()), sep=", ", flush=True)
+    wanted = [
+        (dict(zip(KEYS, (part, who, batch, tokens, options.top_k), strict=True)), run)
+        for part, batch, tokens in itertools.product(options.parts, options.batch, options.tokens)
+        for who, run in parts[part](batch, tokens, options)
+    ]
+    for row in record.measure(wanted, started + options.seconds):
+        print(*(f"{name} {_shown(value)}" for name, value in row.items()), sep=", ", flush=True)
     return 0
 
 
@@ -82,19 +79,6 @@ def _parse(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args(args)
-
-
-def _tried(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    try:
-        return run()
-    except MissingError as reason:
-        return {"skipped": str(reason)}
-    except Exception as failure:
-        first = str(failure).strip().splitlines() or [""]
-        return {"skipped": f"{type(failure).__name__}: {first[0][:200]}"}
-    finally:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def _shown(value: Any) -> str:
@@ -152,17 +136,21 @@ def form_error(name: str, batch: int, device: str, rows: int = 257) -> float:
     return float((output - truth).norm() / truth.norm())
 
 
-def _dense_layer(name: str, batch: int, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
+def _checked(name: str, batch: int, options: argparse.Namespace) -> Attend:
     if (error := form_error(name, batch, options.device)) > 0.01:
         raise MissingError(f"its relative error is {error:.3f}")
-    return _steps(FORMS[name](options.device), batch, tokens + 1, options)
+    return FORMS[name](options.device)
+
+
+def _dense_layer(name: str, batch: int, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
+    return _steps(_checked(name, batch, options), batch, tokens + 1, options)
 
 
 @torch.no_grad()
 def _lrsa_layer(batch: int, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
     rule, (_, heads, dim) = Rule(16, 128, options.top_k), _shape(options.device)
     rows = round(statistics.mean(stored_size(tokens + 1 + step, rule) for step in range(rule.lag_size)))
-    found = _steps(FORMS["decoder"](options.device), batch, rows, options)
+    found = _steps(_checked("decoder", batch, options), batch, rows, options)
     key, value = draw_cache(batch, heads, 2 * rule.lag_size, dim, _like(options.device))
     compress = implementation("auto", key).compress
     # One partition per row and L tokens; the decoder runs it between two graphs.

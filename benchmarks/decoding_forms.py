@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from records import MissingError
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -23,10 +24,6 @@ from lrsa_lit.ops.sparse_attention.api import implementation
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Query (B, Hq, 1, D), keys and values (B, H, T, D) to the output (B, Hq, 1, D), with scale D ** -0.5."""
 _PAGE = 16
-
-
-class MissingError(Exception):
-    """A form that cannot run here, and why."""
 
 
 def grouped_truth(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -6,25 +6,28 @@ For each length: forward, and forward + backward, of the Triton kernels, selecti
 tokens; and one step of decoding behind so many tokens, writing of the new pair included, as a CUDA graph. Budgets are
 ``halves`` (one half of the heads 2K, the other 0), ``apart`` (the same, in turn, so that groups are copied), ``duo``
 (a share K/L of the heads dense, the others 0) and ``four`` (four different K). Their mean is K, so they attend to as
-many pairs as ``equal``. Writes ``results/head_budgets.json``.
+many pairs as ``equal``. Writes ``results/head_budgets.json``; rows that it has from the same commit, device and
+versions are not measured again, and none is begun after ``--seconds``.
 
 A correctness gate comes first: outputs and gradients err no more than 1.5x what eager PyTorch does in bfloat16, against
-float64. Exits with 1 if the gate is red, or if at the longest length the forward pass, or both passes, take more than
-1.05x of what equal heads take. A step of decoding has no bar: each group launches kernels of its own.
+float64. Exits with 1 if the gate is red, if a row fails, or if at the longest length the forward pass, or both passes,
+take more than 1.05x of what equal heads take. A step of decoding has no bar: each group launches kernels of its own.
+``--device cpu`` tries it at small sizes, with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
+import itertools
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from records import RESULTS, about
+from records import RESULTS, MissingError, Record, about
 from timing import GRAPHED, inputs, median, times
 
 from lrsa_lit.attention.decoding.decoder import _FilledLengths, _GroupedMemory, _LayerMemory, _Places
@@ -32,6 +35,7 @@ from lrsa_lit.ops.sparse_attention import GroupedStream, HeadRules, KeyValueStre
 
 BAR = 1.05
 Rules = Rule | HeadRules
+Row = dict[str, Any]
 
 
 def budgets(heads: int, lag: int, kept: int) -> dict[str, tuple[int, ...]]:
@@ -48,12 +52,12 @@ def budgets(heads: int, lag: int, kept: int) -> dict[str, tuple[int, ...]]:
     return {name: tuple(each) for name, each in named.items() if sum(each) == heads * kept and max(each) <= lag}
 
 
-def gate(rules: Sequence[HeadRules], shape: Sequence[int]) -> bool:
-    """Outputs and gradients at 2,049 tokens, at random: scores may keep other tokens in other dtypes."""
-    *tensors, gradient = inputs(*shape, 2049)
+def gate(rules: Sequence[HeadRules], shape: Sequence[int], device: str) -> bool:
+    """Outputs and gradients of 16 partitions, at random: scores may keep other tokens in other dtypes."""
+    *tensors, gradient = inputs(*shape, 16 * rules[0].common.lag_size + 1, device=device)
     for each in rules:
         rule, results = HeadRules(each.common.replace(compressor=RandomTokens()), each.top_k), []
-        for impl, dtype in (("eager", torch.float64), ("eager", torch.bfloat16), ("triton", torch.bfloat16)):
+        for impl, dtype in (("eager", torch.float64), ("eager", tensors[0].dtype), ("triton", tensors[0].dtype)):
             leaves = [tensor.to(dtype).requires_grad_() for tensor in tensors]
             output = sparse_attention(*leaves, rule, impl=impl)
             results.append([output, *torch.autograd.grad(output, leaves, gradient.to(dtype))])
@@ -64,15 +68,15 @@ def gate(rules: Sequence[HeadRules], shape: Sequence[int]) -> bool:
 
 
 @torch.no_grad()
-def decoding(rule: Rules, shape: Sequence[int], tokens: int) -> Callable[[], object]:
+def decoding(rule: Rules, shape: Sequence[int], tokens: int, device: str) -> Callable[[], object]:
     """One step behind so many tokens, in a decoder's memory of a layer; it may be captured and run again and again."""
-    query, key, value, _ = inputs(*shape, tokens)
+    query, key, value, _ = inputs(*shape, tokens, device=device)
     stream = GroupedStream.of(rule, "triton") if isinstance(rule, HeadRules) else KeyValueStream(rule, "triton")
     stream.attend(query, key, value, 0.1)
     memories = []
     for part in stream.parts:
         assert isinstance(part, KeyValueStream)
-        ends = torch.tensor([part.buffer.length], device="cuda")
+        ends = torch.tensor([part.buffer.length], device=device)
         filled = _FilledLengths(ends)
         filled.include_new()
         memories.append(_LayerMemory([part], part.buffer.length + 256, filled, _Places(torch.zeros_like(ends))))
@@ -81,51 +85,66 @@ def decoding(rule: Rules, shape: Sequence[int], tokens: int) -> Callable[[], obj
     return lambda: memory.attend(*new, 0.1)
 
 
-def measured(rule: Rules, shape: Sequence[int], tokens: int, repeats: int) -> dict[str, float]:
-    """Milliseconds."""
-    tensors = inputs(*shape, tokens)
+def measured(rule: Rules, shape: Sequence[int], tokens: int, options: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds, and MiB."""
+    on_gpu = options.device == "cuda"
+    tensors = inputs(*shape, tokens, device=options.device)
     attend = functools.partial(sparse_attention, rule=rule, impl="triton")
-    found = times(tensors, attend, repeats=repeats, graphed=tokens <= GRAPHED)
-    decode = median(decoding(rule, shape, tokens), repeats, graphed=True)
-    return {"forward": found["forward"], "both": found["both"], "decode": decode, "peak_mib": found["peak_mib"]}
+    found = times(tensors, attend, repeats=options.repeats, graphed=on_gpu and tokens <= GRAPHED)
+    decode = median(decoding(rule, shape, tokens, options.device), options.repeats, graphed=on_gpu)
+    return {name: found[name] for name in ("forward", "both", "peak_mib") if name in found} | {"decode": decode}
 
 
-def main() -> int:
+def compared(record: Record, rule: Rules, shape: Sequence[int], tokens: int, options: argparse.Namespace) -> Row:
+    """What is measured of a rule, and its ratios to equal heads at the same length."""
+    found: Row = dict(measured(rule, shape, tokens, options))
+    if isinstance(rule, HeadRules):
+        equal = [row for row in record.rows if (row["tokens"], row["budgets"]) == (tokens, "equal")]
+        if not equal or "skipped" in equal[0]:
+            raise MissingError("equal heads were not measured")
+        found |= {f"{kind}_ratio": found[kind] / equal[0][kind] for kind in ("forward", "both", "decode")}
+    return found
+
+
+def main(args: list[str] | None = None) -> int:
     """Gate, then times."""
+    started, options = time.perf_counter(), _parse(args)
+    shape = tuple(map(int, options.shape.split("/")))
+    lag, kept = map(int, options.rule.split("/"))
+    equal = Rule(16, lag, kept)
+    ragged = {name: HeadRules(equal, each) for name, each in budgets(shape[1], lag, kept).items()}
+    if not gate(list(ragged.values()), shape, options.device):
+        print("correctness gate: RED")
+        return 1
+    facts = {**about(device=options.device), "repeats": options.repeats}
+    record = Record(options.out / "head_budgets.json", facts, ("shape", "rule", "tokens", "budgets"))
+    wanted = [
+        (
+            {"shape": options.shape, "rule": options.rule, "tokens": tokens, "budgets": name},
+            functools.partial(compared, record, rule, shape, tokens, options),
+        )
+        for tokens, (name, rule) in itertools.product(sorted(options.tokens), {"equal": equal, **ragged}.items())
+    ]
+    for row in record.measure(wanted, started + options.seconds):
+        print(
+            *(f"{name} {value:.4g}" if isinstance(value, float) else value for name, value in row.items()), flush=True
+        )
+    longest = [row for row in record.rows if row["tokens"] == max(options.tokens)]
+    worst = max((row[name] for row in longest for name in ("forward_ratio", "both_ratio") if name in row), default=0.0)
+    print(f"at {max(options.tokens)} tokens at most {worst:.3f}x; the bar is {BAR}x")
+    return int(worst > BAR or any("skipped" in row for row in record.rows))
+
+
+def _parse(args: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072])
     parser.add_argument("--shape", default="32/8/128", help="Hq/H/D")
     parser.add_argument("--rule", default="128/32", help="L/K")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after so many")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    shape = tuple(map(int, options.shape.split("/")))
-    lag, kept = map(int, options.rule.split("/"))
-    equal = Rule(16, lag, kept)
-    ragged = {name: HeadRules(equal, each) for name, each in budgets(shape[1], lag, kept).items()}
-    if not gate(list(ragged.values()), shape):
-        print("correctness gate: RED")
-        return 1
-    more = {"dtype": "bfloat16", "shape": shape, "rule": options.rule}
-    record: dict[str, Any] = {**about(), **more, "rows": []}
-    worst = 0.0
-    for tokens in sorted(options.tokens):
-        base = measured(equal, shape, tokens, options.repeats)
-        record["rows"].append({"tokens": tokens, "budgets": "equal", **base})
-        print(f"{tokens} equal: " + ", ".join(f"{name} {value:.3f}" for name, value in base.items()), flush=True)
-        for name, rule in ragged.items():
-            found = measured(rule, shape, tokens, options.repeats)
-            ratios = {f"{kind}_ratio": found[kind] / base[kind] for kind in ("forward", "both", "decode")}
-            record["rows"].append({"tokens": tokens, "budgets": name, **found, **ratios})
-            print(
-                f"{tokens} {name}: " + ", ".join(f"{kind} {ratio:.3f}x" for kind, ratio in ratios.items()), flush=True
-            )
-            if tokens == max(options.tokens):
-                worst = max(worst, ratios["forward_ratio"], ratios["both_ratio"])
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "head_budgets.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(f"at {max(options.tokens)} tokens at most {worst:.3f}x; the bar is {BAR}x")
-    return int(worst > BAR)
+    return parser.parse_args(args)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,21 @@
 """Host time of one call of the operator: how long Python and the driver take to launch it, whatever the GPU does.
 
-    python benchmarks/host_time.py --json host.json
+    python benchmarks/host_time.py [--tokens 2048 8192] [--head-size 128 64]
 
 On a GPU, a call is timed without waiting for its kernels, against torch's own attention by cuDNN.
 Without a GPU, kernels are compiled for a Hopper GPU and a stand-in for Triton's driver launches nothing: this
 is the time of all Python code except the launcher's. Without replays, Triton binds the arguments of every launch.
+Writes ``results/host_time.json``; a row that fails is written with the reason, and the exit code is then 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
+import functools
+import itertools
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +24,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from records import about
+from records import RESULTS, Record, about
 from rich.console import Console
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -32,6 +35,7 @@ from lrsa_lit.ops.sparse_attention import Rule, sparse_attention
 from lrsa_lit.ops.sparse_attention.gluon import hopper, pipeline
 from lrsa_lit.ops.sparse_attention.triton import launch, replay
 
+KEYS = "tokens", "head size", "launches", "call"
 RULE = Rule(sink_size=16, lag_size=128, top_k=32)
 
 
@@ -109,42 +113,47 @@ def cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
-def measured(tokens: int, dim: int, repeats: int, device: str) -> Iterator[dict[str, Any]]:
-    """A row for each implementation and call."""
-    shape = {"tokens": tokens, "head size": dim}
-    for name, call in calls(tokens, dim, lrsa, device).items():
-        for launches, enabled in (("replayed", True), ("ordinary", False)):
-            with mock.patch.object(replay, "ENABLED", enabled):
-                yield shape | {"launches": launches, "call": name} | microseconds(call, repeats)
-    if device == "cuda":
-        for name, call in calls(tokens, dim, cudnn, device).items():
-            yield shape | {"launches": "SDPA, cuDNN", "call": name} | microseconds(call, repeats)
+LAUNCHES = {"replayed": (lrsa, True), "ordinary": (lrsa, False), "SDPA, cuDNN": (cudnn, False)}
+"""By name: the attention, and whether its launches are replayed."""
+CALLS = "forward, no gradient", "forward", "forward + backward"
 
 
-def main() -> None:
-    """Print a table, and write it where ``--json`` says."""
+def measured(
+    tokens: int, dim: int, launches: str, call: str, options: argparse.Namespace, device: str
+) -> dict[str, float]:
+    """Microseconds of a call."""
+    attention, is_replayed = LAUNCHES[launches]
+    with mock.patch.object(replay, "ENABLED", is_replayed):
+        return microseconds(calls(tokens, dim, attention, device)[call], options.repeats)
+
+
+def main(args: list[str] | None = None) -> int:
+    """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--head-size", type=int, nargs="+", default=[128])
     parser.add_argument("--repeats", type=int, default=200)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    facts = about(device=device) | ({} if device == "cuda" else {"device": "none: stand-in driver"})
+    record = Record(options.out / "host_time.json", facts, KEYS)
+    forms = [name for name in LAUNCHES if device == "cuda" or LAUNCHES[name][0] is lrsa]
+    wanted = [
+        (dict(zip(KEYS, key, strict=True)), functools.partial(measured, *key, options, device))
+        for key in itertools.product(options.tokens, options.head_size, forms, CALLS)
+    ]
     with contextlib.nullcontext() if device == "cuda" else stand_in_driver():
-        rows = [
-            row
-            for tokens in options.tokens
-            for dim in options.head_size
-            for row in measured(tokens, dim, options.repeats, device)
-        ]
-    record = about(device=device) | ({} if device == "cuda" else {"device": "none: stand-in driver"})
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console().print(record, table)
-    if options.json:
-        options.json.write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n")
+        list(record.measure(wanted))
+    table = Table(*KEYS, "fastest", "median")
+    for row in record.rows:
+        table.add_row(
+            *(str(row[name]) for name in KEYS),
+            *(str(row.get(name, row.get("skipped"))) for name in ("fastest", "median")),
+        )
+    Console().print(record.about, table)
+    return int(any("skipped" in row for row in record.rows))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

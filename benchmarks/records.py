@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import importlib.metadata
 import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,25 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 _FIXED = ("device", "commit", "torch", "triton")
 """What must not differ between the rows of a record."""
+
+
+class MissingError(Exception):
+    """Something that cannot be measured here, and why."""
+
+
+def tried(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a measurement returns, or ``skipped`` with the reason: one that fails must not end the others."""
+    try:
+        return measure()
+    except MissingError as reason:
+        return {"skipped": str(reason)}
+    except Exception as failure:
+        first = str(failure).strip().splitlines() or [""]
+        return {"skipped": f"{type(failure).__name__}: {first[0][:200]}"}
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def about(*packages: str, device: str = "cuda") -> dict[str, Any]:
@@ -57,6 +79,23 @@ class Record:
         """Whether a row with these entries has been measured, and not ``skipped``."""
         rows = (row for row in self.rows if "skipped" not in row)
         return any(all(row.get(name) == value for name, value in key.items()) for row in rows)
+
+    def measure(
+        self, wanted: Iterable[tuple[dict[str, Any], Callable[[], dict[str, Any]]]], until: float = float("inf")
+    ) -> Iterator[dict[str, Any]]:
+        """Measure and write what is lacking, and yield its rows; a row that fails is written with the reason.
+
+        Args:
+            wanted: the keys of each row, and what measures the others of its entries.
+            until: begin no row after this value of ``time.perf_counter``.
+        """
+        lacking = [(key, run) for key, run in wanted if not self.has(**key)]
+        for index, (key, run) in enumerate(lacking):
+            if time.perf_counter() > until:
+                print(f"{len(lacking) - index} rows left for another run, from {key} on", flush=True)
+                return
+            self.add({**key, **tried(run)})
+            yield self.rows[-1]
 
     def add(self, row: dict[str, Any]) -> None:
         """Write a row; it replaces one with the same keys."""

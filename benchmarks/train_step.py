@@ -1,8 +1,9 @@
 r"""How long a training step takes, and how much memory, with LRSA and with dense attention in the same trainer.
 
 Random weights of a real shape, bf16, AdamW, gradients clipped, layers compiled, every layer checkpointed unless
-``--keep-activations``, a loss at the last tokens of each context. Prints a table and writes
-``results/train_step_DATE_DEVICE.json``.
+``--keep-activations``, a loss at the last tokens of each context. Writes ``results/train_step.json``; rows that it has
+from the same commit, device and versions are not measured again, and none is begun after ``--seconds``. A row that
+fails is written with the reason, and the exit code is then 1; out of memory is a result.
 
     python benchmarks/train_step.py --tokens 32768 131072 --attention lrsa cudnn flash
     python benchmarks/train_step.py --shape smollm2-135m --tokens 8192 --batch 8 --top-k 32 --keep-activations
@@ -20,23 +21,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import functools
-import gc
 import itertools
-import json
 import logging
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
-import transformers
-import triton
 from lightning.pytorch import Callback, Trainer
+from records import RESULTS, Record, about
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
@@ -53,6 +48,10 @@ HERE = Path(__file__).parent
 LABELS = 256
 """Answer tokens of a context."""
 
+KEYS = (
+    "shape", "attention", "objective", "tokens", "batch", "rule", "dtype", "precision", "compiled", "lora",
+    "checkpointing",
+)  # fmt: skip
 OBJECTIVES: dict[str, Callable[[int], Objective]] = {
     "answers": lambda _: AnswerLoss(),
     "kl": lambda _: Sum([AnswerLoss(), Distillation(positions=1024)]),
@@ -66,29 +65,20 @@ _DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTI
 
 
 def main(args: list[str] | None = None) -> int:
-    options = _parse(args)
+    started, options = time.perf_counter(), _parse(args)
     # It would hand the dense attention that was compiled first to all of them.
     torch._functorch.config.enable_autograd_cache = False
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    about = {
-        "date": datetime.date.today().isoformat(),
-        "device": device,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "transformers": transformers.__version__,
-        "lightning": lightning.__version__,
-        "command": " ".join(["python benchmarks/train_step.py", *(sys.argv[1:] if args is None else args)]),
-    }
-    rows = []
-    for tokens, attention in itertools.product(options.tokens, options.attention):
-        for objective in options.objective if attention == "lrsa" else ["answers"]:
-            rows.append(measure(attention, objective, tokens, options))
-            print(_line(rows[-1]), flush=True)
-            options.out.mkdir(parents=True, exist_ok=True)
-            name = f"train_step_{about['date']}_{device.split()[1].lower() if ' ' in device else device}.json"
-            (options.out / name).write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")
-    return 0
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    record = Record(options.out / "train_step.json", about("transformers", "lightning", device=device), KEYS)
+    wanted = [
+        (_key(attention, objective, tokens, options), functools.partial(measure, attention, objective, tokens, options))
+        for tokens, attention in itertools.product(options.tokens, options.attention)
+        for objective in (options.objective if attention == "lrsa" else ["answers"])
+    ]
+    for row in record.measure(wanted, started + options.seconds):
+        print(_line(row), flush=True)
+    return int(any("skipped" in row for row in record.rows))
 
 
 def _parse(args: list[str] | None) -> argparse.Namespace:
@@ -108,40 +98,37 @@ def _parse(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lora", action="store_true", help="train adapters alone")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the weights")
     parser.add_argument("--precision", default="32-true", help="Lightning's, such as bf16-mixed for float32 weights")
-    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after so many")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(args)
     if options.warm_up < 1:
         parser.error(f"--warm-up: {options.warm_up} is not allowed; the first step compiles and is not timed")
     return options
 
 
-def measure(attention: str, objective: str, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Train for a few steps; out of memory is a result too."""
-    rule = LRSAConfig(
+def _rule(options: argparse.Namespace) -> LRSAConfig:
+    return LRSAConfig(
         sink_size=16, lag_size=options.lag_size, top_k=options.top_k, dense_layers=tuple(options.dense_layers)
     )
-    row: dict[str, Any] = {
-        "shape": options.shape,
-        "attention": attention,
-        "objective": objective,
-        "tokens": tokens,
-        "batch": options.batch,
-        "rule": rule.to_dict() if attention == "lrsa" else None,
-        "dtype": options.dtype,
-        "precision": options.precision,
-        "compiled": not options.eager,
-        "lora": options.lora,
-        "checkpointing": not options.keep_activations,
-    }
+
+
+def _key(attention: str, objective: str, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
+    """What tells the row from others."""
+    rule = _rule(options).to_dict() if attention == "lrsa" else None
+    more = options.batch, rule, options.dtype, options.precision, not options.eager, options.lora
+    return dict(
+        zip(KEYS, (options.shape, attention, objective, tokens, *more, not options.keep_activations), strict=True)
+    )
+
+
+def measure(attention: str, objective: str, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Train for a few steps; out of memory is a result too."""
     try:
-        row |= _train(attention, objective, rule, tokens, options)
+        return _train(attention, objective, _rule(options), tokens, options)
     except torch.cuda.OutOfMemoryError:
-        row["out_of_memory"] = True
-    torch._dynamo.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return row
+        return {"out_of_memory": True}
+    finally:
+        torch._dynamo.reset()
 
 
 def _train(
@@ -259,8 +246,8 @@ def _batch(vocabulary: int, tokens: int, count: int) -> TrainBatch:
 
 def _line(row: dict[str, Any]) -> str:
     head = f"{row['shape']:14} {row['attention']:6} {row['objective']:11} T={row['tokens']:<7} B={row['batch']}"
-    if row.get("out_of_memory"):
-        return f"{head} out of memory"
+    if "out_of_memory" in row or "skipped" in row:
+        return f"{head} {row.get('skipped', 'out of memory')}"
     mfu = f", MFU {row['mfu']:.3f}" if row.get("mfu") else ""
     memory = f", {row['peak_gib']:.2f} GiB" if "peak_gib" in row else ""
     return (

@@ -1,5 +1,7 @@
 """The other attentions that benchmarks measure attend to the pairs that they claim."""
 
+import json
+
 import attention_peers
 import decoding
 import pytest
@@ -42,17 +44,37 @@ def test_nsa_attends_to_as_many_pairs_as_the_rule_up_to_half_a_block(tokens):
     assert abs(float(visible.sum()) / tokens - ours) <= 32
 
 
-def test_peers_that_are_missing_are_skipped_with_a_line(tmp_path, capsys, monkeypatch):
+def test_peers_that_are_missing_are_written_with_the_reason_and_those_asked_for_later_are_added(
+    tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(attention_peers, "gate", lambda _: True)
     monkeypatch.setattr(attention_peers, "lrsa", lambda *_: {"forward": 1.0, "both": 2.0})
+    monkeypatch.setitem(attention_peers.PEERS, "flex", (lambda *_: torch.add, lambda _: 1.0))
     options = ["--device", "cpu", "--cells", "4/2/16:32/8:70", "--repeats", "1", "--out", str(tmp_path)]
+
+    def rows(*more):
+        assert attention_peers.main([*options, *more]) == 0
+        return {row["who"]: row for row in json.loads((tmp_path / "attention_peers.json").read_text())["rows"]}
+
     assert attention_peers.main([*options, "--seconds", "-1"]) == 0
-    assert capsys.readouterr().out == "1 cells left for another run: 4/2/16 L=32 K=8 T=70\n"
-    assert attention_peers.main([*options, "--peers", "flash", "fa4", "nsa"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert sum("skipped: needs" in line for line in lines) == 3
-    assert attention_peers.main(options) == 0
-    assert not capsys.readouterr().out, "the cell is in the file already"
+    assert capsys.readouterr().out.startswith("7 rows left for another run")
+    first = rows("--peers", "flash", "fa4", "nsa")
+    assert [name for name, row in first.items() if "skipped" in row] == ["flash", "fa4", "nsa"]
+    again = rows("--peers", "flash", "flex")
+    assert "TypeError" in again["flex"]["skipped"]
+    assert {**again, "flex": None} == {**first, "flex": None}
+
+
+def test_a_row_that_fails_is_written_and_does_not_end_the_others(tmp_path):
+    about = {"device": "cpu", "commit": "abc", "torch": "1", "triton": None, "command": "first"}
+    record = Record(tmp_path / "r.json", about, ("who",))
+    measured = record.measure([({"who": "a"}, lambda: {"ms": 1 / 0}), ({"who": "b"}, lambda: {"ms": 1.0})])
+    assert [*measured] == record.rows == json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert record.rows[0]["skipped"] == "ZeroDivisionError: division by zero"
+    assert record.rows[1] == {"who": "b", "ms": 1.0}
+    again = record.measure([({"who": "a"}, lambda: {"ms": 2.0}), ({"who": "b"}, lambda: {"ms": 2.0})])
+    assert [*again] == [{"who": "a", "ms": 2.0}]
+    assert not [*record.measure([({"who": "c"}, lambda: {"ms": 2.0})], until=float("-inf"))]
 
 
 def test_inputs_are_views_as_a_model_passes_them():
