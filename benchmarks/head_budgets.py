@@ -30,7 +30,7 @@ import torch
 from records import RESULTS, MissingError, Record, about
 from timing import GRAPHED, inputs, median, times
 
-from lrsa_lit.attention.decoding.decoder import _FilledLengths, _GroupedMemory, _LayerMemory, _Places
+from lrsa_lit.attention.decoding.step_memory import FilledLengths, GroupedMemory, LayerMemory, Places
 from lrsa_lit.ops.sparse_attention import GroupedStream, HeadRules, KeyValueStream, RandomTokens, Rule, sparse_attention
 
 BAR = 1.05
@@ -77,10 +77,10 @@ def decoding(rule: Rules, shape: Sequence[int], tokens: int, device: str) -> Cal
     for part in stream.parts:
         assert isinstance(part, KeyValueStream)
         ends = torch.tensor([part.buffer.length], device=device)
-        filled = _FilledLengths(ends)
+        filled = FilledLengths(ends)
         filled.include_new()
-        memories.append(_LayerMemory([part], part.buffer.length + 256, filled, _Places(torch.zeros_like(ends))))
-    memory = _GroupedMemory(rule.groups, iter(memories)) if isinstance(rule, HeadRules) else memories[0]
+        memories.append(LayerMemory([part], part.buffer.length + 256, filled, Places(torch.zeros_like(ends))))
+    memory = GroupedMemory(rule.groups, iter(memories)) if isinstance(rule, HeadRules) else memories[0]
     new = query[:, :, -1:], key[:, :, -1:], value[:, :, -1:]
     return lambda: memory.attend(*new, 0.1)
 

@@ -166,7 +166,11 @@ class LRSACache(Cache):
     @property
     def graphable(self) -> bool:
         """Whether :func:`~lrsa_lit.attention.graphed_decoding` can use a CUDA graph for this cache."""
-        return not self.config.latents and (self.config.system is None or self.config.system.graphable)
+        system = self.config.system
+        if system is None:
+            return not self.config.latents
+        # A model rotates a token alike in all layers, and a dense layer needs its position.
+        return system.graphable and not (self.config.latents or (system.rotates_by_slot and self.config.dense_layers))
 
     @property
     def nbytes(self) -> int:

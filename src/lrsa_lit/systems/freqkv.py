@@ -46,6 +46,8 @@ class FreqKV(System):
     gamma: float = 0.5
     trains: ClassVar[bool] = True
     needs_rotary: ClassVar[bool] = True
+    graphable: ClassVar[bool] = True
+    rotates_by_slot: ClassVar[bool] = True
     budget_field: ClassVar[str] = "capacity"
 
     def __post_init__(self) -> None:
@@ -181,9 +183,7 @@ class FreqKVStream(KeyValueStream):
         begin = self.seen
         outputs = []
         for start, stop in self.system.rounds(begin, begin + key.shape[2]):
-            if self.system.begins(start):
-                self._peak = max(self._peak, self.nbytes)
-                self._compress_all()
+            self.advance()
             part = slice(start - begin, stop - begin)
             outputs.append(self._attend_round(query[:, :, part], key[:, :, part], value[:, :, part], scale))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
@@ -209,8 +209,21 @@ class FreqKVStream(KeyValueStream):
             shape = *key.shape[:2], rows, key.shape[3]
             buffer.move_to((key.new_empty(shape), value.new_empty(shape)))
 
-    def _compress_all(self) -> None:
-        """Compress F slots to K."""
+    @property
+    def due(self) -> bool:
+        """See :class:`KeyValueStream`."""
+        return self.system.begins(self.seen) and self.buffer.length == self.system.capacity
+
+    @property
+    def position(self) -> int:
+        """The next token's slot."""
+        return self.system.slot(self.seen)
+
+    def advance(self) -> None:
+        """Compress F slots to K, if this is due."""
+        if not self.due:
+            return
+        self._peak = max(self._peak, self.nbytes)
         system, sinks = self.system, self.system.sink_size
         key, value = self.buffer.cut(sinks)
         slots = torch.arange(sinks, system.capacity, device=key.device)

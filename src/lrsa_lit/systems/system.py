@@ -98,6 +98,7 @@ class System(FromSettings, ABC):
         graphable: whether the parts of its streams are KeyValueStreams after the prompt, so that single tokens can be
             decoded by a CUDA graph. Unless ``rows_differ``, they are equally full in all layers.
         answers_by_token: whether the attention of an answer token depends on the other tokens of the same call.
+        rotates_by_slot: whether keys and queries are rotated by the slots of the cache instead of their positions.
         rows_differ: whether rows of a batch, layers and heads may hold different numbers of pairs after the prompt, so
             that each row needs its own stream.
         repeats_prompt: whether the model must read :meth:`repeats` before the prompt ends.
@@ -111,6 +112,7 @@ class System(FromSettings, ABC):
     needs_whole_prompt: ClassVar[bool] = False
     answers_by_token: ClassVar[bool] = False
     graphable: ClassVar[bool] = False
+    rotates_by_slot: ClassVar[bool] = False
     rows_differ: ClassVar[bool] = False
     budget_field: ClassVar[str] = ""
     repeats_prompt: ClassVar[bool] = False

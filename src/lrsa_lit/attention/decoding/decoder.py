@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,21 +19,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lrsa_lit.attention.attached import base_of, cache_argument, cache_of_call, enabled_state
 from lrsa_lit.attention.cache import LRSACache
+from lrsa_lit.attention.decoding.step_memory import FilledLengths, GroupedMemory, LayerMemory, Places
 from lrsa_lit.attention.interface import CACHE, LAYOUT
 from lrsa_lit.attention.layout import Layout
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import (
-    HeadGroups,
-    HeadRules,
-    KeyValueStream,
-    Rule,
-    Stream,
-    advance_together,
-    bare_keys,
-    implementation,
-    most_window_rows,
-    through_channels,
-)
+from lrsa_lit.ops.sparse_attention import HeadRules, KeyValueStream, Rule, Stream, advance_together
 from lrsa_lit.systems.system import System
 
 _WARM_UP = 3
@@ -66,8 +56,8 @@ class Decoder:
     def __init__(self, model: Any, cache: LRSACache, *, room: int = ROOM, longest: int = 0, fuse: bool = False) -> None:
         self.model, self.cache, self.room = model, cache, room
         # The memory of each layer of the cache, and of each part of each layer.
-        self.layers: list[_LayerMemory | _GroupedMemory] = []
-        self._memories: list[_LayerMemory] = []
+        self.layers: list[LayerMemory | GroupedMemory] = []
+        self._memories: list[LayerMemory] = []
         # Parts that always hold the same number of tokens, and the capacity to give each of them at once.
         self._parts_of_rules: list[list[int]] = []
         self._places_at_once: list[int] = []
@@ -101,7 +91,8 @@ class Decoder:
 
         Args:
             ids: (B, 1) token ids.
-            position_ids: (B, 1) or (1, 1); by default the numbers of tokens that the rows have seen.
+            position_ids: (B, 1) or (1, 1); by default the numbers of tokens that the rows have seen. A system that
+                rotates by slots uses these instead.
 
         Returns:
             Logits (B, 1, V), which the next step overwrites.
@@ -175,17 +166,17 @@ class Decoder:
         rules = len(self._parts_of_rules)
         self._state = torch.zeros(1 + 2 * rules, len(streams[0]), dtype=torch.int64, device=ids.device)
         self._ids, self._position = ids.clone(), self._state.new_zeros(ids.shape)
-        self._filled = [_FilledLengths(ends) for ends in self._state[1 : 1 + rules]]
-        places = zip(self._filled, map(_Places, self._state[1 + rules :]), strict=True)
+        self._filled = [FilledLengths(ends) for ends in self._state[1 : 1 + rules]]
+        places = zip(self._filled, map(Places, self._state[1 + rules :]), strict=True)
         of_part = {part: pair for pair, parts in zip(places, self._parts_of_rules, strict=True) for part in parts}
         self._memories = [
-            _LayerMemory(rows, count, *of_part[part])
+            LayerMemory(rows, count, *of_part[part])
             for part, (rows, count) in enumerate(zip(streams, self._places(streams), strict=True))
         ]
         memories = iter(self._memories)
         for layer in self.cache.layers:
             groups = layer.streams[0].groups
-            self.layers.append(next(memories) if groups is None else _GroupedMemory(groups, memories))
+            self.layers.append(next(memories) if groups is None else GroupedMemory(groups, memories))
         self._prepared = _tensors(streams)
 
     def _launch(self) -> Tensor:
@@ -205,14 +196,15 @@ class Decoder:
 
     def _write(self, ids: Tensor, position_ids: Tensor | None, streams: Streams) -> None:
         """Copy tokens, positions and lengths to the device; the lengths in one copy that does not block the host."""
-        state = [[stream.seen for stream in streams[0]]]
+        state = [[stream.position for stream in streams[0]]]
         state += [[stream.buffer.length for stream in streams[parts[0]]] for parts in self._parts_of_rules]
         state += [[stream.query_place for stream in streams[parts[0]]] for parts in self._parts_of_rules]
         # New pinned memory each time, because the previous copy may still be running.
         host = torch.tensor(state, device="cpu", pin_memory=ids.device.type == "cuda")
         self._state.copy_(host, non_blocking=True)
         self._ids.copy_(ids)
-        self._position.copy_(self._state[0, :, None] if position_ids is None else position_ids)
+        by_slot = self.cache.config.system is not None and self.cache.config.system.rotates_by_slot
+        self._position.copy_(self._state[0, :, None] if position_ids is None or by_slot else position_ids)
 
     def _run(self) -> Tensor:
         for filled in self._filled:
@@ -275,102 +267,6 @@ def serving(model: Any, decoder: Decoder) -> Iterator[None]:
             model.forward = own
 
 
-class _Places:
-    """The indices at which parts with the same rule store new tokens, on the device.
-
-    The decoder writes them to ``ends``, int64: (B,) for each row, or (1,) for all.
-    """
-
-    def __init__(self, ends: Tensor) -> None:
-        self.ends = ends
-        self.rows = torch.arange(len(ends), device=ends.device)
-
-    def put(self, memory: Tensor, new: Tensor) -> None:
-        """Write the new tokens (B, H, 1, D) to their indices in the memory (B, H, capacity, D)."""
-        if len(self.ends) == 1:
-            memory.index_copy_(2, self.ends, new)
-        else:
-            memory[self.rows, :, self.ends] = new[:, :, 0]
-
-
-class _FilledLengths(_Places):
-    """The indices of new keys and values, and the filled lengths of their memory."""
-
-    def __init__(self, ends: Tensor) -> None:
-        super().__init__(ends)
-        self.length = torch.zeros_like(ends, dtype=torch.int32)
-
-    def include_new(self) -> None:
-        """Include the new tokens in the filled lengths, because they attend to themselves."""
-        self.length.copy_(self.ends + 1)
-
-
-class _LayerMemory:
-    """The memory of one layer or of a group of its heads. The attention uses it like a layer of the cache.
-
-    The rows are moved to it; it has room for ``places`` tokens per row. If the compressor needs queries, there is also
-    memory for them. Its last row receives the queries that are not needed, so that one graph serves all tokens.
-    """
-
-    def __init__(
-        self, streams: Sequence[KeyValueStream], places: int, filled: _FilledLengths, query_places: _Places
-    ) -> None:
-        self.filled, self.query_places, self.impl = filled, query_places, streams[0].impl
-        self.compressor = streams[0].rule.compressor
-        rows = _rows(streams)
-        self.memories = [
-            [part.new_empty(rows, part.shape[1], count, part.shape[3]) for part in buffer.whole]
-            for buffer, count in zip(streams[0].buffers, (places, most_window_rows(streams[0].rule) + 1), strict=False)
-        ]
-        self.key, self.value = self.memories[0]
-        self.take(streams)
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Attention (B, Hq, 1, D) of one new token per row, which is stored after the other tokens of its row."""
-        if self.compressor.has_bias:
-            return through_channels(self._attend, query, key, value, scale)
-        return self._attend(query, key, value, scale)
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        self.filled.put(self.key, key)
-        self.filled.put(self.value, value)
-        for (memory,) in self.memories[1:]:
-            self.query_places.put(memory, query)
-        run = implementation(self.impl, query)
-        keys = bare_keys(self.key, self.value, self.compressor)
-        output: Tensor = run.attend_one(query, keys, self.value, self.filled.length, scale)
-        return output
-
-    def can_hold(self, streams: Sequence[KeyValueStream], places: int) -> bool:
-        """Whether these rows fit: the same number, dtype and implementation as at first, and enough room."""
-        key = streams[0].buffer.whole[0]
-        writable = torch.is_inference_mode_enabled() or not self.key.is_inference()
-        same = (_rows(streams), key.dtype, len(streams)) == (len(self.key), self.key.dtype, len(self.filled.ends))
-        return writable and same and streams[0].impl == self.impl and self.key.shape[2] >= places
-
-    def take(self, streams: Sequence[KeyValueStream]) -> None:
-        """Move other rows here."""
-        for row, stream in enumerate(streams):
-            part = slice(None) if len(streams) == 1 else slice(row, row + 1)
-            for buffer, memory in zip(stream.buffers, self.memories, strict=True):
-                place = tuple(tensor[part] for tensor in memory)
-                if buffer.address != place[0].data_ptr():
-                    buffer.move_to(place)
-
-
-class _GroupedMemory:
-    """The memory of a layer whose heads differ: it takes the memory of each group of heads from ``memories``."""
-
-    def __init__(self, groups: HeadGroups, memories: Iterator[_LayerMemory]) -> None:
-        self.groups = groups
-        self.parts = list(itertools.islice(memories, len(groups.heads)))
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """See :class:`_LayerMemory`."""
-        split = (self.groups.split(tensor) for tensor in (query, key, value))
-        return self.groups.join([part.attend(*new, scale) for part, *new in zip(self.parts, *split, strict=True)])
-
-
 def _tensors(streams: Streams) -> list[tuple[Tensor, ...]]:
     """The tensors of all buffers; comparing these tuples by identity is faster than asking torch for addresses."""
     return [buffer.whole for rows in streams for stream in rows for buffer in stream.buffers]
@@ -416,8 +312,3 @@ def _waits_for_lengths(model: Any) -> bool:
     # ``rope_type`` is one kind or a dict of kinds.
     kinds = str([getattr(module, "rope_type", None) for module in model.modules()])
     return any(kind in kinds for kind in _UNGRAPHED_ROPE)
-
-
-def _rows(streams: Sequence[KeyValueStream]) -> int:
-    """The number of batch rows, from one stream for all rows or one per row."""
-    return len(streams) if len(streams) > 1 else len(streams[0].buffer.whole[0])

@@ -245,6 +245,11 @@ class KeyValueStream(Stream):
         return max((stored_size(self.seen + count, self.rule) for count in range(1, tokens + 1)), default=0)
 
     @property
+    def position(self) -> int:
+        """The position that the next token's query and key are stored with, once what is :attr:`due` is compressed."""
+        return self.seen
+
+    @property
     def query_place(self) -> int:
         """The row of the query buffer for the next token's query: the last row if the query is not needed."""
         if self._queries is None:
