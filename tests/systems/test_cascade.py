@@ -173,6 +173,29 @@ def test_a_model_says_the_same_for_padded_rows_and_in_half_precision(model, ids)
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=0.05)
 
 
+@pytest.mark.parametrize("pads", [(0, 8, 3, 16), (0, 4, 25, 29)], ids=["full", "filling"])
+def test_rows_of_unequal_lengths_answer_together_as_each_does_alone(pads, model, ids):
+    """Some are in the same phase and attend as one, some hold fewer pairs; each counts what it attended to."""
+    prompt, answer = ids(4, 30), ids(4, 9)
+    mask = (torch.arange(30) >= torch.tensor(pads)[:, None]).long()
+
+    def said(rows, prompt, mask):
+        cache, logits = LRSACache.of(model), []
+        prefill(model, prompt * mask, cache, attention_mask=mask)
+        cache.end_prompt()
+        for at in range(9):
+            logits.append(prefill(model, answer[rows, at, None], cache))
+        return torch.cat(logits, dim=1), cache.measured(len(mask))
+
+    with using(model, LRSAConfig(system=SMALL, dense_layers=(1,))), torch.no_grad():
+        together, measured = said(slice(None), prompt, mask)
+        for row, begin in enumerate(pads):
+            own = slice(row, row + 1)
+            alone, (cost,) = said(own, prompt[own, begin:], mask[own, begin:])
+            torch.testing.assert_close(together[own], alone, rtol=0, atol=1e-8)
+            assert measured[row] == cost
+
+
 @pytest.mark.parametrize(
     ("arguments", "field"),
     [({"window": 0}, "window"), ({"caches": 0}, "caches"), ({"sink_size": -1}, "sink_size"), ({"stride": 0}, "stride"),

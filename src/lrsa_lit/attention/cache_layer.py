@@ -168,6 +168,10 @@ class LRSACacheLayer(CacheLayerMixin):
             new = [stream for stream, (start, stop) in zip(self.streams, spans, strict=True) if start < stop]
             if not new or can_attend_together(new):
                 return self._attend_together(new, query, key, value, scale)
+        if len(self.streams) > 1 and query.shape[2] == 1 and not self.probing and set(spans) == {whole}:
+            together = type(self.streams[0]).attend_rows(self.streams, query, key, value, scale)
+            if together is not None:
+                return together
         output = torch.zeros_like(query)
         for row, stream in enumerate(self.streams):
             rows = slice(None) if len(self.streams) == 1 else slice(row, row + 1)

@@ -7,6 +7,7 @@ stride, D head_dim, S sinks, C sub-caches of W slots each.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -199,6 +200,8 @@ class CascadeStream(Stream):
         self.seen, self.stride = 0, system.stride
         self.counts = system.empty
         self._pairs = 0
+        # How many more tokens each row has seen, (B, 1, 1): only while rows attend together.
+        self._further: Tensor | int = 0
         self._pair: Pair | None = None
         # Scores (B, H, n), and the attention (B, H, G, M) from the queries of the current stride so far.
         self._score: Tensor | None = None
@@ -235,6 +238,25 @@ class CascadeStream(Stream):
                 self._insert()
         return torch.cat(outputs, dim=2)
 
+    @classmethod
+    def attend_rows(
+        cls, streams: Sequence[Stream], query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor | None:
+        """See :class:`Stream`. Rows of an answer that hold equally many pairs, and accept the same, attend together."""
+        rows = [stream for stream in streams if isinstance(stream, cls)]
+        if any(row.stride > 1 or row._score is None for row in rows):
+            return None
+        alike: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        for index, row in enumerate(rows):
+            alike.setdefault((row.counts, row.system.phase(row.seen)), []).append(index)
+        output = torch.empty_like(query)
+        for indices in alike.values():
+            some = [rows[index] for index in indices]
+            # A slice needs no copy from the host.
+            at = slice(None) if len(indices) == len(rows) else torch.tensor(indices).to(query.device, non_blocking=True)
+            output[at] = _together(some, query[at], key[at], value[at], scale)
+        return output
+
     def end_prompt(self) -> None:
         """Insert the rest of the current stride; from now on each token is a stride."""
         if self.waiting:
@@ -244,13 +266,13 @@ class CascadeStream(Stream):
     def _attend_stride(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """:meth:`attend` for tokens of one stride."""
         count, beta = key.shape[2], self.system.beta
-        places = torch.arange(count, device=key.device)
-        new = self.rotary.unrotate(key, self.seen + places).to(key.dtype), value
+        positions = self.seen + self._further + torch.arange(count, device=key.device)
+        new = self.rotary.unrotate(key, positions).to(key.dtype), value
         # Always copies, because the given tensors may be views of larger ones.
         self._pair = joined(self._pair or (key[:, :, :0], value[:, :, :0]), new)
         slots = torch.arange(self._pair[0].shape[2], device=key.device)
         rotated = self.rotary.rotate(self._pair[0], slots).to(key.dtype)
-        turned = self.rotary.rotate(self.rotary.unrotate(query, self.seen + places), slots[-count:]).to(query.dtype)
+        turned = self.rotary.rotate(self.rotary.unrotate(query, positions), slots[-count:]).to(query.dtype)
         weights = (1 - beta) * beta ** torch.arange(count - 1, -1, -1, dtype=torch.float64, device=key.device)
         grouped = turned.unflatten(1, (key.shape[1], -1))
         output, gain = attention_and_sums(grouped, rotated, self._pair[1], scale, weights)
@@ -281,6 +303,31 @@ class CascadeStream(Stream):
         other._gain = None if self._gain is None else self._gain[indices]
         other._peak = 0 if self._pair is None else self._peak // len(self._pair[0]) * len(indices)
         return other
+
+
+def _together(rows: Sequence[CascadeStream], query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """:meth:`CascadeStream.attend` for one token of an answer in each of several rows, which are in the same phase."""
+    if len(rows) == 1:
+        return rows[0].attend(query, key, value, scale)
+    first, pairs, scores = rows[0], [], []
+    for row in rows:
+        assert row._pair is not None
+        assert row._score is not None
+        pairs.append(row._pair)
+        scores.append(row._score)
+    one = CascadeStream(first.system, first.place)
+    one.seen, one.stride, one.counts = first.seen, first.stride, first.counts
+    one._further = (
+        torch.tensor([row.seen - first.seen for row in rows]).view(-1, 1, 1).to(key.device, non_blocking=True)
+    )
+    keys, values = zip(*pairs, strict=True)
+    one._pair, one._score = (torch.cat(keys), torch.cat(values)), torch.cat(scores)
+    output = one.attend(query, key, value, scale)
+    parts = zip(*(part.split(1) for part in (*one._pair, one._score)), strict=True)
+    for row, (own_key, own_value, score) in zip(rows, parts, strict=True):
+        row._pair, row._score, row.counts, row.seen = (own_key, own_value), score, one.counts, row.seen + 1
+        row._pairs, row._peak = row._pairs + one._pairs, max(row._peak, one._peak // len(rows))
+    return output
 
 
 def attention_and_sums(

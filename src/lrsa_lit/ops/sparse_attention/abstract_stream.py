@@ -84,6 +84,16 @@ class Stream(ABC):
         Queries and output are (B, Hq, N, D). Keys, rotated at their true positions, and values are (B, H, N, D).
         """
 
+    @classmethod
+    def attend_rows(
+        cls, streams: Sequence[Stream], query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor | None:
+        """:meth:`attend` for one new token of each of several streams of one row, (B, heads, 1, D).
+
+        None, and nothing is stored, if the rows must attend one by one: unless overridden.
+        """
+        return None
+
     def end_prompt(self) -> None:  # noqa: B027 - most streams need not do anything
         """Called when the prompt is complete; the next tokens are the answer's."""
 

@@ -5,6 +5,7 @@ Dimensions: T tokens, D head_dim.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,13 @@ import torch
 from torch import Tensor
 
 from lrsa_lit.errors import UserError
+
+
+@functools.lru_cache(maxsize=8)
+def _on_device(frequencies: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The frequencies (n,), copied once, so that the host does not wait for the GPU at each token."""
+    with torch.inference_mode(False):
+        return torch.tensor(frequencies, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -60,9 +68,7 @@ class Rotary:
     def tables(self, positions: Tensor | Sequence[float], like: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines (…, T, n) of the angles, without the scaling, in the dtype that ``like`` is rotated in."""
         dtype = torch.promote_types(like.dtype, torch.float32)
-        # From pinned memory, so that the host does not wait for the GPU.
-        host = torch.tensor(self.frequencies, dtype=dtype, device="cpu", pin_memory=like.is_cuda)
-        frequencies = host.to(like.device, non_blocking=True)
+        frequencies = _on_device(self.frequencies, dtype, like.device)
         # Angles are rounded as in transformers, so that its rotation is removed exactly, even at far positions.
         angles = torch.as_tensor(positions, device=like.device).to(dtype)[..., None] * frequencies
         return angles.cos(), angles.sin()
