@@ -7,7 +7,7 @@ import pytest
 from helpers import refused
 
 from lrsa_lit.io import sha256_of
-from lrsa_lit.paths import cache_dir, check_writable, resolve, shipped
+from lrsa_lit.paths import cache_dir, check_writable, resolve, shipped, short_name
 
 
 def test_file_inside_a_package():
@@ -36,6 +36,17 @@ def test_own_file_before_a_shipped_one(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/sample.jsonl").write_text("mine")
     assert resolve("data/sample.jsonl").read_text() == "mine"
+
+
+def test_a_shipped_config_has_a_short_name_unless_a_file_here_has_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "configs/debug/tiny.yaml"
+    path = str(shipped(name))
+    assert [short_name(text) for text in (path, f"{path}.old", "a.yaml")] == [name, f"{name}.old", "a.yaml"]
+    assert short_name(str(shipped("data/sample.jsonl"))) == str(shipped("data/sample.jsonl"))
+    (tmp_path / "configs/debug").mkdir(parents=True)
+    (tmp_path / name).write_text("mine")
+    assert short_name(path) == path
 
 
 def test_cache_dir_follows_the_environment(tmp_path, monkeypatch):

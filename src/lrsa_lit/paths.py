@@ -32,6 +32,16 @@ def shipped(name: str) -> Path:
     raise FileNotFoundError(f"{name} ships with lrsa-lit but is neither in {_PACKAGE_DIR} nor in {_CHECKOUT_DIR}")
 
 
+def short_name(argument: str) -> str:
+    """The name by which commands here find a shipped config file, in place of its path; other texts are returned."""
+    for root in (_PACKAGE_DIR, _CHECKOUT_DIR):
+        name = argument.removeprefix(f"{root}/")
+        # A file of the user with the same name would be taken first.
+        if name != argument and name.startswith("configs/") and not Path(name).exists():
+            return name
+    return argument
+
+
 def nearest(name: str | Path) -> Path:
     """A path in the current folder, or else in the nearest parent folder that has it, or else the path itself."""
     return next((folder / name for folder in (Path.cwd(), *Path.cwd().parents) if (folder / name).exists()), Path(name))

@@ -120,8 +120,7 @@ class LRSACLI(RunCLI):
             self.model.open_teachers(self.datamodule)
         except UserError as error:
             if error.field.startswith("objective."):
-                # The first arguments name the command and the shipped defaults.
-                error.hint = f"make it with: lrsa distil-cache {shlex.join(self.arguments[3:])}"
+                error.hint = f"make it with: lrsa distil-cache {shlex.join(self.typed)}"
             raise
 
     def further_callbacks(self) -> list[Callback]:

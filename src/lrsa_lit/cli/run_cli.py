@@ -36,7 +36,7 @@ from lrsa_lit.cli.task_choice import QUESTION_ANSWERING, TASKS
 from lrsa_lit.data.loaders import check_steps
 from lrsa_lit.errors import UserError, under
 from lrsa_lit.lightning_internals import OpenCLI, counts_before_shares
-from lrsa_lit.paths import check_writable, expanded
+from lrsa_lit.paths import check_writable, expanded, short_name
 from lrsa_lit.strategies import FullySharded, shards_weights
 from lrsa_lit.tracking import RecordConfig
 from lrsa_lit.tracking.logger import mlflow_run
@@ -308,8 +308,13 @@ class RunCLI(OpenCLI):
         saved = self.trainer.checkpoint_callback
         path = getattr(saved, "best_model_path", "") or getattr(saved, "last_model_path", "")
         if path and self.trainer.is_global_zero:
-            # The first arguments name the command and the shipped defaults.
-            self.show_next(path, self.arguments[3:])
+            self.show_next(path, self.typed)
+
+    @property
+    def typed(self) -> list[str]:
+        """The user's arguments as they can be typed again: shipped files by their short names."""
+        # The first arguments name the command and the shipped defaults.
+        return list(map(short_name, self.arguments[3:]))
 
     def show_next(self, checkpoint: str, arguments: Sequence[str]) -> None:
         """Print commands that use a checkpoint; ``arguments`` are those of its fit."""
