@@ -78,10 +78,13 @@ def test_nothing_is_imported_in_a_circle():
     graphlib.TopologicalSorter({name: imports(name) for name in FILES}).prepare()
 
 
-def test_each_package_is_in_the_table():
+def test_each_package_and_module_is_in_the_table():
     packages = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
     assert packages == {name for names, _ in rows() for name in names} & packages
     assert {name for names, _ in rows()[:-1] for name in names} <= packages | {"strategies"}
+    foundation = TABLE.read_text(encoding="utf-8").partition("\n| foundation |")[2].partition("\n")[0]
+    modules = {path.stem for path in SOURCE.glob("*.py")} - {"__init__", "__main__", "strategies"}
+    assert modules == set(re.findall(r"`(\w+)`", foundation))
 
 
 @pytest.mark.parametrize(
