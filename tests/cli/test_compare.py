@@ -239,6 +239,9 @@ def test_a_filter_that_leaves_no_sentence_is_refused(in_process, capfd):
         (["--systems", "KeyNorm", "KeyNorm"], "--systems: 'KeyNorm' appears twice"),
         (["--systems", *["KeyNorm={question: true}"] * 2], "--systems: 'KeyNorm [q]' appears twice"),
         (["--systems", "KeyNorm={question: 1}"], "--systems KeyNorm.question: 1 is not allowed; it must be true or"),
+        (["--systems", "KeyNorm={pairs: 5}"], "--systems KeyNorm.pairs: 5 is set by the budget"),
+        (["--systems", "KeyNorm={kept: 0.1}"], "--systems KeyNorm.kept: 0.1 is set by the budget"),
+        (["--systems", "Cascade={window: 64}"], "--systems Cascade.window: 64 is set by the budget"),
         (["--systems", "KeyNorm={size: 1}"], "--systems KeyNorm: 'KeyNorm' does not take these init_args"),
         (
             ["--systems", "KeyNorm={no: 1}"],

@@ -156,6 +156,10 @@ class _Known:
         settings = _class_of(found) | {"init_args": asked.arguments}
         with _of_system(asked.name, kind):
             attention = self.rule.replace(**{kind: settings})
+        if given := [name for name in attention.system.sizes if name in asked.arguments] if attention.system else []:
+            raise UserError(
+                f"--systems {asked.name}.{given[0]}", asked.arguments[given[0]], reason="is set by the budget"
+            )
         label = asked.name + (QUESTION if attention.system and _cuts_questions(attention.system) else "")
         return "attention", Factor(label, attention, asked.share)
 

@@ -108,6 +108,11 @@ class OneShot(Wants, System):
         return self.count(tokens)
 
     @property
+    def sizes(self) -> tuple[str, ...]:
+        """See :class:`System`."""
+        return ("kept", *super().sizes) if self.budget_field else ()
+
+    @property
     def least(self) -> int:
         """The fewest pairs to keep, however long the question is."""
         return 1

@@ -199,6 +199,11 @@ class System(FromSettings, ABC):
         count = bisect.bisect_right(sizes, held, key=lambda size: self.sized(size).held_bytes(tokens, head))
         return self.sized(sizes[count - 1]) if count else None
 
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        """The fields that a budget sets, or leaves unread; empty if no budget can set the system."""
+        return (self.budget_field,) if self.budget_field else ()
+
     def sized(self, size: int) -> System:
         """The same system with another size."""
         kind: Any = self
