@@ -274,9 +274,9 @@ def test_a_mistake_in_a_data_set_names_its_argument(capfd):
 
 
 def test_a_budget_is_a_number(capfd):
-    for flag, kind in (("budget", "float"), ("cache_tokens", "int")):
-        said = refusal(capfd, "test", *DEBUG, *NO_LOGGER, f"--{flag}", "true")
-        assert said == f"{flag}: True is not allowed; it must be of type {kind}"
+    for flag, value, kind in (("budget", "True", "float"), ("budget", "nan", "float"), ("cache_tokens", "1.5", "int")):
+        said = refusal(capfd, "test", *DEBUG, *NO_LOGGER, f"--{flag}", value)
+        assert said == f"{flag}: {value} is not allowed; it must be of type {kind}"
 
 
 def test_a_fit_has_no_budget(capfd):

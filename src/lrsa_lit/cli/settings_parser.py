@@ -120,6 +120,7 @@ def one_line(message: str) -> str:
     text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
     text = re.sub(r"(?:- )?Expected a (\w+)\. Got value: (\S+)(?: \(given: \S+\))?$",
                   r"\2 is not allowed; it must be of type \1", text)  # fmt: skip
+    text = re.sub(r"(?:- )?Expected a (\w+) \(given: (\S+)\)$", r"\2 is not allowed; it must be of type \1", text)
     return re.sub(r"^Parser key \"(.+?)\": (?:- )?", r"\1: ", text)
 
 
