@@ -82,6 +82,7 @@ def test_the_learnt_tokens_follow_the_prompts_of_well_known_templates(template):
         assert row["messages"][number]["content"] in answer
     assert example["prompt_length"] == spans[-1][0]
     assert example["first_turn"] == spans[0][0]
+    assert example["question"] == "Why?"
     assert len(example["input_ids"]) == spans[-1][1]
 
 

@@ -22,6 +22,7 @@ EXAMPLE = Example(
     answers=["a", "b"],
     match="all",
     task="t",
+    question="q?",
     subject="s",
     context_length=1,
     first_turn=1,

@@ -14,6 +14,7 @@ from lrsa_lit.models.flops import Shape, training_flops
 from lrsa_lit.models.tiny import tiny_model
 from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking import MLflowRun, performance
+from lrsa_lit.tracking.samples import table_row
 
 RULE = LRSAConfig(sink_size=4, lag_size=32, top_k=8)
 ONE_IN_THE_TABLE = "[{class_path: lrsa_lit.tracking.SamplePredictions, init_args: {count: 1}}]"
@@ -108,7 +109,7 @@ def test_sample_predictions_of_each_validation(elsewhere):
     records = [json.loads(line) for line in (elsewhere / "records.jsonl").read_text().splitlines()]
     by_id = {record["id"]: record for record in records}
     for row in rows:
-        assert by_id[row["id"]]["question"][-20:] in row["question"]
+        assert row["question"] == by_id[row["id"]]["question"]
         assert row["gold"] == " | ".join(by_id[row["id"]]["answers"])
 
 
@@ -119,12 +120,21 @@ def test_all_answers_of_the_last_validation(elsewhere):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["step"] for row in rows] == [4] * 8
     assert len({row["id"] for row in rows}) == 8
+    records = map(json.loads, (elsewhere / "records.jsonl").read_text().splitlines())
+    assert {row["question"] for row in rows} <= {record["question"] for record in records}
     for name in ("LRSA", "dense"):
         assert set(rows[0][name]) == {"prediction", "f1", "em"}
     for metric in ("f1", "em"):
         assert sum(row["dense"][metric] for row in rows) / 8 == pytest.approx(run.data.metrics[f"val/dense/{metric}"])
     (table,) = (elsewhere / "runs/artifacts").rglob("predictions.json")
     assert len(json.loads(table.read_text())["data"]) == 2
+
+
+def test_the_table_has_the_end_of_a_long_question():
+    row = {"step": 1, "id": "a", "question": "x" * 500 + "?", "LRSA": {"prediction": "p", "f1": 0.5, "em": 0.0}}
+    shown = {"step": 1, "id": "a", "question": "…" + "x" * 399 + "?", "LRSA": "p", "LRSA F1": 0.5}
+    assert table_row(row) == shown
+    assert table_row(row | {"question": "Where?"}) == shown | {"question": "Where?"}
 
 
 @pytest.fixture(autouse=True)

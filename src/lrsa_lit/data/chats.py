@@ -118,6 +118,7 @@ def encode_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, max_tokens: int)
         answers=[chat.messages[-1].content],
         match="any",
         task=chat.task,
+        question=next((each.content for each in reversed(chat.messages) if each.role == "user"), ""),
     )
 
 

@@ -114,6 +114,7 @@ class Batch(TrainBatch):
         answer_spans: positions [start, end) in ``input_ids`` of the answers in those passages.
         answers: the records' reference answers.
         match: how each record's answers are matched.
+        question: the records' questions; "" where nothing is asked.
         task: the records' tasks; "" for records without one.
         source: name of each record's data set in a mixture; "" outside a mixture.
         groups: parts of the evaluation that each row belongs to, named by :func:`groups_of`.
@@ -130,6 +131,7 @@ class Batch(TrainBatch):
     answer_spans: list[list[Span]]
     answers: list[tuple[str, ...]]
     match: list[Match]
+    question: list[str]
     task: list[str]
     source: list[str]
     groups: list[list[str]]
@@ -213,6 +215,7 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
         answer_spans=[_spans(example["answer_spans"]) for example in examples],
         answers=[tuple(example["answers"]) for example in examples],
         match=[example["match"] for example in examples],
+        question=[example.get("question", "") for example in examples],
         task=[example.get("task", "") for example in examples],
         source=[example.get("source", "") for example in examples],
         groups=[groups_of(example.get("source", ""), example.get("task", "")) for example in examples],

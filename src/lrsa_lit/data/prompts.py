@@ -107,6 +107,7 @@ class Example(TypedDict):
             chats, earlier answers are learnt as well.
         rejected: tokens of a worse answer to the same prompt, with the end-of-message token; empty or missing if there
             is none.
+        question: the question, or the user's last message of a chat; missing if nothing is asked.
         subject: name of the context's subject, if the contexts of several questions share a subject but not the text.
         source: name of the example's data set in a mixture.
         repeated: whether the example only fills up a device's share and must not be counted.
@@ -123,6 +124,7 @@ class Example(TypedDict):
     answers: Sequence[str]
     match: Match
     task: NotRequired[str]
+    question: NotRequired[str]
     subject: NotRequired[str]
     context_length: NotRequired[int]
     first_turn: NotRequired[int]
@@ -183,6 +185,7 @@ def encode(
         answers=list(record.answers),
         match=record.match,
         task=record.task,
+        question=record.question.strip(),
     )
 
 

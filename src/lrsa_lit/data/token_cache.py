@@ -40,6 +40,7 @@ _FEATURES = datasets.Features(
         "answers": datasets.List(_TEXT),
         "match": _TEXT,
         "task": _TEXT,
+        "question": _TEXT,
         "subject": _TEXT,
     }
 )
@@ -67,7 +68,8 @@ def build(folder: Path, examples: Iterable[Example], report: Counter[str]) -> No
             for example in _apart(examples):
                 prompt = example["prompt_length"]
                 learnt = {"learnt": learnt_spans(example), "first_turn": prompt, "source_length": prompt}
-                whole = {"task": "", "subject": "", "rejected": [], "context_span": [], **learnt, **example}
+                texts = {"task": "", "question": "", "subject": ""}
+                whole = {**texts, "rejected": [], "context_span": [], **learnt, **example}
                 writer.write({"context_length": whole["first_turn"], **whole})
             writer.finalize()
         (partial / _REPORT).write_text(json.dumps(report, indent=2) + "\n")

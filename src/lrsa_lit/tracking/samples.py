@@ -18,9 +18,8 @@ from lrsa_lit.tasks import LongContextQA
 from lrsa_lit.tracking.artifacts import harmless, loggers_of, run_folder, show_table
 from lrsa_lit.tracking.logger import run_of
 
-_QUESTION_TOKENS = 64
-"""Number of tokens shown from the end of a prompt, where the question is."""
-
+_MOST_SHOWN = 400
+"""Most characters of a question in the table: those at its end, because a chat's message may hold a whole text."""
 
 _STYLE = (
     "table { border-collapse: collapse; font: 14px sans-serif } "
@@ -59,10 +58,8 @@ class SamplePredictions(Callback):
             return
         rows = len(batch["id"])
         for row in range(rows if self.all_answers else min(rows, self.count - len(self._rows))):
-            prompt = batch["prompt_ids"][row][-_QUESTION_TOKENS:]
-            question = pl_module.tokenizer.decode(prompt, skip_special_tokens=True).strip()
             gold, match = batch["answers"][row], batch["match"][row]
-            values = {"step": trainer.global_step, "id": batch["id"][row], "question": question}
+            values = {"step": trainer.global_step, "id": batch["id"][row], "question": batch["question"][row]}
             values["gold"] = " | ".join(gold)
             for name, answers in outputs.items():
                 text = answers.text[row]
@@ -75,7 +72,7 @@ class SamplePredictions(Callback):
         rows, self._rows, logger = self._rows, [], run_of(trainer)
         if not rows or not loggers_of(trainer) or not trainer.is_global_zero:
             return
-        shown = [_flat(row) for row in rows[: self.count]]
+        shown = [table_row(row) for row in rows[: self.count]]
         if shown:
             show_table(trainer, PAGE.removesuffix(".html"), shown)
         if logger is None:
@@ -116,9 +113,11 @@ def _shown(value: Any) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of the table: each attention's answer under its name, and its F1 as ``NAME F1``."""
+def table_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the table: the end of the question, and each attention's answer as ``NAME`` and F1 as ``NAME F1``."""
     flat: dict[str, Any] = {}
     for name, value in row.items():
         flat |= {name: value["prediction"], f"{name} F1": value["f1"]} if isinstance(value, dict) else {name: value}
+    if len(flat["question"]) > _MOST_SHOWN:
+        flat["question"] = f"…{flat['question'][-_MOST_SHOWN:]}"
     return flat
