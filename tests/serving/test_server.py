@@ -301,3 +301,18 @@ def test_it_ends_what_it_answers_when_it_is_told_to_end(server, model):
     assert "Traceback" not in log
     assert log.count("INFO     Stopping: 1 request still to be answered, for at most 30 s; no more are accepted\n") == 1
     assert server.get("/health")[0] == 0
+
+
+def test_who_comes_while_it_ends_is_refused_at_once(server):
+    link = server.connected(stream=True, n=8, **ENDLESS)
+    assert link.recv(1)
+    server.process.terminate()
+    while (status := server.get("/health")[0]) == 200:
+        pass
+    assert status == 503
+    with pytest.raises(openai.InternalServerError) as caught:
+        ask(server.client())
+    assert (caught.value.status_code, caught.value.code) == (503, "server_stopping")
+    link.close()
+    assert server.process.wait() == 0, server.log.read_text()
+    assert "Traceback" not in server.log.read_text()

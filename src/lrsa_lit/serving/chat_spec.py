@@ -175,6 +175,11 @@ class ChatSpec(OpenAISpec):  # type: ignore[misc]
         state: dict[str, Any] = super().__getstate__()
         return state | {"_known": None}
 
+    @property
+    def busy(self) -> bool:
+        """Whether requests are being answered."""
+        return bool(self._answering)
+
     def pre_setup(self, lit_api: Any) -> None:
         """Register the routes."""
         self.add_endpoint(self.api_path, self.chat_completion, ["POST"])

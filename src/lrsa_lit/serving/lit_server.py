@@ -16,6 +16,7 @@ from lrsa_lit.errors import UserError, message_of
 from lrsa_lit.serving.address import Address
 from lrsa_lit.serving.api_error import add_handlers
 from lrsa_lit.serving.chat_spec import ChatSpec, Front
+from lrsa_lit.serving.draining import Draining
 from lrsa_lit.serving.engine import Limits
 from lrsa_lit.serving.engine_loop import Shared
 from lrsa_lit.serving.serving_api import Load, ServingAPI
@@ -37,7 +38,8 @@ def serve(load: Load, front: Front, limits: Limits, address: Address, devices: l
         devices: the device of each worker, such as ``cpu`` or ``cuda:1``.
     """
     shared = Shared(len(devices))
-    api = ServingAPI(load, limits, shared, address.key, ChatSpec(front, limits, shared))
+    spec = ChatSpec(front, limits, shared)
+    api = ServingAPI(load, limits, shared, address.key, spec)
     kind, _, _ = devices[0].partition(":")
     indices = [int(device.partition(":")[2] or 0) for device in devices]
     server = litserve.LitServer(
@@ -50,6 +52,7 @@ def serve(load: Load, front: Front, limits: Limits, address: Address, devices: l
     )
     server.uvicorn_graceful_timeout = address.drain
     add_handlers(server.app)
+    server.app.add_middleware(Draining, busy=lambda: spec.busy)
     with _ended_by_signals(shared, address.drain):
         try:
             server.run(
