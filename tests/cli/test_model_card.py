@@ -270,6 +270,8 @@ def test_what_the_hub_refuses_is_one_line(checkpoint, capfd, monkeypatch):
     ("options", "named"),
     [
         (["--license", "mit"], "--license"),
+        (["--card", "--license", "my own"], "--license"),
+        (["--card", "--license", "Apache 2"], "--license"),
         (["--store", STORE], "--store"),
         (["--private"], "--private"),
         (["--push", "tiny"], "ORG/NAME"),

@@ -144,6 +144,7 @@ BAD = {
     "five stops": ({"stop": list("abcde")}, "stop"),
     "stop": ({"stop": 3}, "stop"),
     "stream": ({"stream": "yes"}, "stream"),
+    "stream options of no stream": ({"stream": False, "stream_options": {"include_usage": True}}, "stream_options"),
     "stream option": ({"stream_options": {"include": True}}, "stream_options.include"),
     "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     "logprobs": ({"logprobs": True}, "logprobs"),

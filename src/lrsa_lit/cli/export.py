@@ -6,13 +6,14 @@ Nothing heavy is imported before the arguments are checked.
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrsa_lit import plugins
-from lrsa_lit.cli.arguments import Parser, add_plugins, called
+from lrsa_lit.cli.arguments import Parser, add_plugins, called, checked
 from lrsa_lit.errors import UserError, redacted
 from lrsa_lit.models.adapters import check_holdable
 from lrsa_lit.models.checkpoint import Trained, load_trained
@@ -98,7 +99,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add_plugins(parser)
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the dtype of the training")
     add("--card", action="store_true", help="add a model card and, if the model has a rule, custom_generate/")
-    add("--license", metavar="ID", help="the card's licence, such as apache-2.0 (default: from the base model's card)")
+    licence = checked(_licence, "an identifier of the hub in lower case, such as apache-2.0")
+    add(
+        "--license",
+        metavar="ID",
+        type=licence,
+        help="the card's licence, such as apache-2.0 (default: from the base model's card)",
+    )
     store = f"the MLflow store with the run's data and scores, for the card (default: {default_uri()})"
     add("--store", metavar="URI", help=store)
     add("--push", metavar="ORG/NAME", help="upload the folder to the Hugging Face hub")
@@ -112,6 +119,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         if of and not needed:
             raise UserError(flag, reason=f"works only with {'--push' if flag == '--private' else '--card'}")
     return options
+
+
+def _licence(text: str) -> str:
+    """The identifier; the hub refuses a card with any other text."""
+    if not re.fullmatch(r"[a-z0-9]+([.+-][a-z0-9.]+)*", text):
+        raise ValueError(text)
+    return text
 
 
 def _check_out(out: Path, *, force: bool) -> None:

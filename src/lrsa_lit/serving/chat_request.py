@@ -124,6 +124,8 @@ def read_request(body: bytes) -> ChatRequest:
         raise ApiError("stop: up to 4 texts are allowed, none of them empty", "stop")
     if None not in (request.max_tokens, request.max_completion_tokens):
         raise ApiError("max_tokens is not allowed with max_completion_tokens, its newer name", "max_tokens")
+    if request.stream_options is not None and not request.stream:
+        raise ApiError("stream_options is allowed only with stream: true", "stream_options")
     assert request.conversation
     return request
 
