@@ -62,11 +62,16 @@ def _file(module: str) -> Path | None:
 
 
 @functools.cache
+def _parsed(module: str) -> ast.Module:
+    file = _file(module)
+    return ast.parse(file.read_text(encoding="utf-8") if file else "")
+
+
+@functools.cache
 def _definitions(module: str) -> Mapping[str, ast.ClassDef | str]:
     """The classes that a module defines, and the dotted names of what it imports, by name."""
-    file = _file(module)
     found: dict[str, ast.ClassDef | str] = {}
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if file else ():
+    for node in _statements(_parsed(module)):
         if isinstance(node, ast.ImportFrom) and node.module:
             found |= {name.asname or name.name: f"{node.module}.{name.name}" for name in node.names}
         elif isinstance(node, ast.ClassDef):
@@ -74,11 +79,19 @@ def _definitions(module: str) -> Mapping[str, ast.ClassDef | str]:
     return found
 
 
+def _statements(block: ast.AST) -> Iterator[ast.AST]:
+    """The statements of a module, also within ``if`` and ``try``. A walk through all expressions takes far longer."""
+    for part in ("body", "handlers", "orelse", "finalbody"):
+        for node in getattr(block, part, ()):
+            yield node
+            if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                yield from _statements(node)
+
+
 @functools.cache
 def exported(module: str) -> tuple[str, ...]:
     """What a module exports: ``__all__``, or if that is computed its imports from submodules, or else its classes."""
-    file = _file(module)
-    for node in ast.parse(file.read_text(encoding="utf-8")).body if file else ():
+    for node in _parsed(module).body:
         if (
             isinstance(node, ast.Assign)
             and ast.unparse(node.targets[0]) == "__all__"
@@ -208,9 +221,7 @@ def _written(module: str, node: ast.expr | None) -> str | None:
 
 @functools.cache
 def _constants(module: str) -> Mapping[str, ast.expr]:
-    file = _file(module)
-    body = ast.parse(file.read_text(encoding="utf-8")).body if file else []
-    named = (node for node in body if isinstance(node, ast.Assign) and len(node.targets) == 1)
+    named = (node for node in _parsed(module).body if isinstance(node, ast.Assign) and len(node.targets) == 1)
     return {node.targets[0].id: node.value for node in named if isinstance(node.targets[0], ast.Name)}
 
 

@@ -35,6 +35,8 @@ def of_code(defined: type) -> str:
 
     A class without a file, as in a notebook, gets a unique value: defining it again gives another one.
     """
+    if defined.__module__.partition(".")[0] == __name__.partition(".")[0]:
+        return PROJECT
     files = source_files(defined.__module__)
     return _of_contents(files) if files else f"{_NO_FILE}{uuid.uuid4().hex}"
 
