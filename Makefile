@@ -8,6 +8,9 @@ RANGE_TESTS := tests/test_ranges.py tests/attention tests/models tests/tasks tes
 	$(addprefix tests/cli/,ask test_bad_files.py test_bad_input.py test_evaluation.py test_export.py test_runs.py) \
 	$(addprefix tests/data/test_,token_cache.py loaders.py module.py) tests/ops/triton/test_decoding.py
 
+# The tests start dozens of processes, each of which would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup browser fit test test-fast test-gpu test-ranges lint format docs docs-serve figures notebooks schema results ui clean
 
