@@ -1,15 +1,27 @@
-"""A model of Llama-3.2-1B's shape with random weights, tokens for it, and the time of a token."""
+"""Models with random weights, in memory or in a folder, tokens for them, and the time of a token."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from timing import median
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lrsa_lit.models import Backbone, RopeScaling
+from lrsa_lit.models.tiny import tiny_tokenizer
+
+SHAPES = Path(__file__).parent / "shapes"
+WORDS = (
+    "river", "lake", "town", "road", "bridge", "tower", "garden", "market", "harbour", "castle", "forest", "island",
+    "valley", "mill", "station", "school",
+)  # fmt: skip
+"""The words of documents."""
 
 NEW_TOKENS = 64
 """Tokens that are timed."""
@@ -60,3 +72,32 @@ def per_token(step: Callable[[Tensor], Tensor], token: Tensor) -> float:
         torch.cuda.synchronize()
         times.append(start.elapsed_time(stop))
     return statistics.median(times[8:])
+
+
+def write_model(shape: str, folder: Path, positions: int) -> Path:
+    """Write random weights of a folder of ``shapes/``, with at least so many positions, and a tokenizer of words."""
+    backbone = Backbone(str(SHAPES / shape), dtype="bfloat16", random_weights=True)
+    if (factor := positions / backbone.config.max_position_embeddings) > 1:
+        scaling = RopeScaling("yarn", float(-(-factor // 1)))
+        backbone = Backbone(str(SHAPES / shape), dtype="bfloat16", random_weights=True, rope_scaling=scaling)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model: Any = backbone.build()
+    tokenizer = word_tokenizer(backbone.config.vocab_size)
+    with torch.no_grad():
+        for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+            # With logits of zero they are never the likeliest, so that answers are as long as asked for.
+            part.weight[tokenizer.all_special_ids] = 0.0
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of so many words, whose every token is text, with tiny's chat template."""
+    tiny = tiny_tokenizer()
+    special = tiny.unk_token, tiny.bos_token, tiny.eos_token
+    names = [*special, *WORDS, *(f"word{number}" for number in range(size - len(special) - len(WORDS)))]
+    words = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}, unk_token=special[0]))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    named = {"unk_token": special[0], "bos_token": special[1], "eos_token": special[2], "pad_token": special[2]}
+    return PreTrainedTokenizerFast(tokenizer_object=words, chat_template=tiny.chat_template, **named)

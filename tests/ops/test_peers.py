@@ -7,7 +7,7 @@ import decoding
 import pytest
 import torch
 from attention_cells import Cell
-from random_model import random_model
+from random_model import WORDS, random_model, word_tokenizer
 from records import Record
 from timing import inputs
 
@@ -103,3 +103,11 @@ def test_rows_are_kept_for_the_same_code_and_what_was_skipped_is_tried_again(tmp
     assert again.has(who="a")
     assert not again.has(who="b")
     assert not Record(tmp_path / "r.json", {**about, "commit": "def"}, ("who",)).rows
+
+
+def test_a_document_has_a_token_for_each_word_and_every_token_of_an_answer_is_text():
+    tokenizer = word_tokenizer(60)
+    assert len(tokenizer) == 60
+    assert len(tokenizer(" ".join(WORDS))["input_ids"]) == len(WORDS)
+    plain = [number for number in range(60) if number not in tokenizer.all_special_ids]
+    assert len(tokenizer.decode(plain, skip_special_tokens=True).split()) == len(plain) == 57
