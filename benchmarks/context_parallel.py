@@ -8,8 +8,9 @@ LRSA with L=128 and K=16, AdamW, activations recomputed, one row a step, an answ
 - ``bytes``: what a device receives of others, a layer and step, for keys and values: measured where it is called for,
   beside what a ring of dense attention moves and K / L of that.
 
-Each row runs in processes of its own through the same Trainer, strategy and task as ``lrsa fit``. Writes
-``results/context_parallel.json``; ``--smoke`` runs all of it with a tiny model on a CPU.
+Each row runs in processes of its own through the same Trainer, strategy and task as ``lrsa fit``, which end after
+``--limit``. Writes ``results/context_parallel.json``; rows that it has from the same commit, device and versions are
+not measured again, and none is begun after ``--seconds``. ``--smoke`` runs all of it with a tiny model on a CPU.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ import functools
 import json
 import statistics
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from device_runs import Clock, OnDevice, batches, in_processes, write_record
+from device_runs import Clock, OnDevice, batches, in_processes, record_of
+from records import MissingError, Record
 from torch import Tensor
 
 from lrsa_lit.attention import LRSAConfig
@@ -38,32 +42,39 @@ SHAPE, WARM_UP = "llama-3.2-1b", 2
 LENGTHS = [1 << 17, 3 << 16, 1 << 18, 3 << 17, 1 << 19, 5 << 17, 3 << 18, 7 << 17, 1 << 20]
 
 
+KEYS = "part", "devices", "attention", "tokens", "steps"
+
+
 def main(args: list[str] | None = None) -> int:
-    options = _parse(args)
+    started, options = time.perf_counter(), _parse(args)
     if options.one:
         _train(options)
         return 0
-    rows: list[dict[str, Any]] = []
+    record = record_of(options.out / "context_parallel.json", KEYS, rule=RULE, smoke=options.smoke)
+    wanted: list[tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = []
     for devices, attention in ((1, "lrsa"), (options.devices, "lrsa"), (options.devices, "dense")):
         if "step" in options.parts or ("bytes" in options.parts and devices > 1):
-            rows.append(_told(_in_processes("step", devices, attention, options.tokens, options)))
+            key = dict(zip(KEYS, ("step", devices, attention, options.tokens, options.steps), strict=True))
+            wanted.append((key, functools.partial(_in_processes, key, options)))
     for devices in (1, options.devices) if "longest" in options.parts else ():
         for tokens in options.lengths:
-            rows.append(_told(_in_processes("longest", devices, "lrsa", tokens, options)))
-            if "error" in rows[-1]:
-                break
-    trained = {
-        devices: max((row["tokens"] for row in rows if "error" not in row and row["devices"] == devices), default=None)
-        for devices in (1, options.devices)
-    }
-    print(f"Longest row: {trained}")
-    write_record(options.out / "context_parallel.json", rows, rule=RULE, smoke=options.smoke, longest=trained)
-    return int(any("error" in row for row in rows if row["part"] == "step"))
+            key = dict(zip(KEYS, ("longest", devices, "lrsa", tokens, 1), strict=True))
+            wanted.append((key, functools.partial(_longer, record, key, options)))
+    for row in record.measure(wanted, started + options.seconds):
+        print(json.dumps(row), flush=True)
+    for devices in (1, options.devices):
+        trained = [row["tokens"] for row in record.rows if "skipped" not in row and row["devices"] == devices]
+        print(f"Longest row of {devices}: {max(trained, default=None)}")
+    return int(any("skipped" in row for row in record.rows if row["part"] == "step"))
 
 
-def _told(row: dict[str, Any]) -> dict[str, Any]:
-    print(json.dumps(row), flush=True)
-    return row
+def _longer(record: Record, key: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """A row of ``longest``, if the shorter ones of as many devices were trained."""
+    for row in record.rows:
+        alike = row["part"] == "longest" and row["devices"] == key["devices"]
+        if alike and "skipped" in row and row["tokens"] < key["tokens"]:
+            raise MissingError(f"{row['tokens']} tokens were too many")
+    return _in_processes(key, options)
 
 
 def _parse(args: list[str] | None) -> argparse.Namespace:
@@ -75,6 +86,8 @@ def _parse(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=1 << 17, help="of the rows of step and bytes")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="that longest tries, ascending")
     parser.add_argument("--steps", type=int, default=5, help="measured steps, after the warm-up")
+    parser.add_argument("--limit", type=float, default=300, help="seconds of a row, with its start")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after so many")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU, with --tokens and --lengths")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     parser.add_argument("--one", choices=["step", "longest"], help=argparse.SUPPRESS)
@@ -83,13 +96,10 @@ def _parse(args: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(args)
 
 
-def _in_processes(part: str, devices: int, attention: str, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Run a case in processes that end with it; its row, or what went wrong."""
-    row = options.out / f".context_parallel-{part}-{devices}-{attention}-{tokens}.json"
-    flags = ["--one", part, "--devices", str(devices), "--attention", attention, "--tokens", str(tokens)]
-    flags += ["--steps", str(options.steps if part == "step" else 1)] + ["--smoke"] * options.smoke
-    about = {"part": part, "devices": devices, "attention": attention, "tokens": tokens}
-    return in_processes(__file__, row, flags, about=about)
+def _in_processes(key: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """A row, from processes that end with it."""
+    flags = [part for name in KEYS[1:] for part in (f"--{name}", str(key[name]))]
+    return in_processes(__file__, ["--one", key["part"], *flags, *["--smoke"] * options.smoke], seconds=options.limit)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -119,11 +129,7 @@ def _train(options: argparse.Namespace) -> None:
         return
     seconds, steps = statistics.median(clock.seconds[WARM_UP:]), WARM_UP + options.steps
     row = {
-        "part": options.one,
         "shape": "tiny" if options.smoke else SHAPE,
-        "devices": options.devices,
-        "attention": options.attention,
-        "tokens": options.tokens,
         "step_seconds": seconds,
         "slowest_step_seconds": max(clock.seconds[WARM_UP:]),
         "tokens_per_second": options.tokens / seconds,

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +17,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback
-from records import about
+from records import Record, about
 from torch.utils.data import DataLoader
 
 from lrsa_lit.data.collate import collate
@@ -23,32 +26,35 @@ from lrsa_lit.strategies import FullySharded
 ANSWER, GIB = 64, 2**30
 
 
-def in_processes(script: str, row: Path, flags: list[str], *, about: dict[str, Any]) -> dict[str, Any]:
-    """Run a script in processes that end with it; the row that it writes, or ``about`` and what went wrong."""
-    row.parent.mkdir(parents=True, exist_ok=True)
-    row.unlink(missing_ok=True)
-    command = [sys.executable, str(Path(script).resolve()), "--row", str(row), *flags]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-    if done.returncode or not row.exists():
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return {**about, "error": last[:300]}
-    found: dict[str, Any] = json.loads(row.read_text())
-    row.unlink()
+def in_processes(script: str, flags: list[str], *, seconds: float) -> dict[str, Any]:
+    """The row of a script that runs in processes of its own, all of which end with it, or after so many seconds.
+
+    Raises:
+        RuntimeError: it wrote no row; the message is the last line of its errors.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        row = Path(folder) / "row.json"
+        command = [sys.executable, str(Path(script).resolve()), "--row", str(row), *flags]
+        run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        try:
+            _, said = run.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"did not end within {seconds:.0f} s") from None
+        finally:
+            # Lightning starts the processes of further devices; one that waits for another would wait for ever.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
+        if run.returncode or not row.exists():
+            raise RuntimeError((said.strip().splitlines() or ["no message"])[-1])
+        found: dict[str, Any] = json.loads(row.read_text())
     return found
 
 
-def write_record(path: Path, rows: list[dict[str, Any]], *, rule: Any, smoke: bool, **more: Any) -> None:
-    """Write the rows of a benchmark with the device and the versions that made them."""
-    device = "cpu" if smoke else "cuda"
-    record = {
-        **about("transformers", "lightning", device=device),
-        "dtype": "bfloat16",
-        "rule": str(rule),
-        "rows": rows,
-        **more,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+def record_of(path: Path, keys: tuple[str, ...], *, rule: Any, smoke: bool) -> Record:
+    """The record of a benchmark under a rule, with the device and the versions that measure it."""
+    facts = about("transformers", "lightning", device="cpu" if smoke else "cuda")
+    return Record(path, {**facts, "dtype": "bfloat16", "rule": str(rule)}, keys)
 
 
 def batches(tokens: int, steps: int, seed: int, *, smoke: bool) -> DataLoader[Any]:

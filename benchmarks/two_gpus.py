@@ -20,7 +20,7 @@ from typing import Any
 
 import lightning
 import torch
-from device_runs import Clock, OnDevice, batches, in_processes, write_record
+from device_runs import Clock, OnDevice, batches, in_processes, record_of
 from lightning.pytorch.strategies import DDPStrategy
 
 from lrsa_lit.attention import LRSAConfig
@@ -30,6 +30,7 @@ from lrsa_lit.tasks import LongContextQA
 HERE = Path(__file__).parent
 RULE = LRSAConfig(sink_size=16, lag_size=128, top_k=16)
 WARM_UP = 3
+KEYS = "case", "devices", "tokens", "steps", "gradient_checkpointing"
 CASES = {"ddp": ("llama-3.2-1b", [1, 2]), "lora": ("llama-3.1-8b", [2]), "full": ("llama-3.1-8b", [2])}
 
 
@@ -38,17 +39,21 @@ def main(args: list[str] | None = None) -> int:
     if options.one:
         _train(options)
         return 0
-    rows: list[dict[str, Any]] = []
+    record = record_of(options.out / "two_gpus.json", KEYS, rule=RULE, smoke=options.smoke)
+    wanted = []
     for case in options.cases:
         for devices in CASES[case][1]:
-            row = _in_processes(case, devices, options)
-            print(json.dumps(row), flush=True)
-            rows.append(row)
-    rates = {row["devices"]: row["tokens_per_second"] for row in rows if row["case"] == "ddp" and "error" not in row}
-    speed_up = rates[2] / rates[1] if len(rates) == 2 else None
-    print(f"DDP, 2 devices against 1: {speed_up}")
-    write_record(options.out / "two_gpus.json", rows, rule=RULE, smoke=options.smoke, ddp_speed_up=speed_up)
-    return int(any("error" in row for row in rows))
+            values = case, devices, options.tokens, options.steps, not options.no_checkpointing
+            key = dict(zip(KEYS, values, strict=True))
+            wanted.append((key, functools.partial(_in_processes, key, options)))
+    for row in record.measure(wanted):
+        print(json.dumps(row), flush=True)
+    rates = {
+        row["devices"]: row["tokens_per_second"] for row in record.rows if row["case"] == "ddp" and row.get("loss")
+    }
+    if len(rates) == 2:
+        print(f"DDP, 2 devices against 1: {rates[2] / rates[1]}")
+    return int(any("skipped" in row for row in record.rows))
 
 
 def _parse(args: list[str] | None) -> argparse.Namespace:
@@ -57,6 +62,7 @@ def _parse(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--steps", type=int, default=10, help="measured steps, after the warm-up")
     parser.add_argument("--no-checkpointing", action="store_true", help="keep activations")
+    parser.add_argument("--limit", type=float, default=600, help="seconds of a row, with its start")
     parser.add_argument("--smoke", action="store_true", help="tiny models on the CPU")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     parser.add_argument("--one", choices=CASES, help=argparse.SUPPRESS)
@@ -65,12 +71,11 @@ def _parse(args: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(args)
 
 
-def _in_processes(case: str, devices: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Run a case in processes that end with it; its row, or what went wrong."""
-    row = options.out / f".two_gpus-{case}-{devices}.json"
-    flags = ["--one", case, "--devices", str(devices), "--tokens", str(options.tokens), "--steps", str(options.steps)]
+def _in_processes(key: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """A row, from processes that end with it."""
+    flags = ["--one", key["case"], *(part for name in KEYS[1:4] for part in (f"--{name}", str(key[name])))]
     flags += ["--no-checkpointing"] * options.no_checkpointing + ["--smoke"] * options.smoke
-    return in_processes(__file__, row, flags, about={"case": case, "devices": devices})
+    return in_processes(__file__, flags, seconds=options.limit)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -106,11 +111,7 @@ def _train(options: argparse.Namespace) -> None:
         return
     seconds = statistics.median(clock.seconds[WARM_UP:])
     row = {
-        "case": case,
         "shape": "tiny" if options.smoke else shape,
-        "devices": options.devices,
-        "tokens": options.tokens,
-        "gradient_checkpointing": not options.no_checkpointing,
         "step_seconds": seconds,
         "slowest_step_seconds": max(clock.seconds[WARM_UP:]),
         "tokens_per_second": options.devices * options.tokens / seconds,
