@@ -5,6 +5,7 @@ import json
 import attention_peers
 import decoding
 import pytest
+import records
 import torch
 from attention_cells import Cell
 from random_model import WORDS, random_model, word_tokenizer
@@ -103,6 +104,16 @@ def test_rows_are_kept_for_the_same_code_and_what_was_skipped_is_tried_again(tmp
     assert again.has(who="a")
     assert not again.has(who="b")
     assert not Record(tmp_path / "r.json", {**about, "commit": "def"}, ("who",)).rows
+
+
+def test_code_without_git_has_a_digest_so_that_its_rows_are_kept(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("COMMIT", raising=False)
+    commit = records.about(device="cpu")["commit"]
+    assert commit.startswith("sha256 ")
+    assert commit == records.about(device="cpu")["commit"]
+    monkeypatch.setenv("COMMIT", "abc")
+    assert records.about(device="cpu")["commit"] == "abc"
 
 
 def test_a_document_has_a_token_for_each_word_and_every_token_of_an_answer_is_text():
