@@ -36,7 +36,7 @@ def test_another_triton_is_named_once_with_the_one_that_has_the_kernels(installe
     chosen, warnings = choice(FITTING, caplog, calls=3)
     assert not chosen
     (warning,) = warnings
-    assert "have run with triton 3.6 alone (torch 2.11 has 3.6); " in warning
+    assert "have run with triton 3.6 and 3.9 alone (torch 2.11 has 3.6); " in warning
     assert warning.endswith(f"triton {installed}, which is installed, {state}")
 
 

@@ -213,8 +213,14 @@ def test_memory_of_launches_is_limited(bench, monkeypatch):
     assert len(kind.plans) <= 3
 
 
-def test_replays_are_off_unless_a_variable_switches_them_on(bench, monkeypatch):
-    for value, enabled in ((None, False), ("", False), ("0", False), ("1", True)):
+def test_a_variable_overrides_what_the_version_of_triton_decides(bench, monkeypatch):
+    assert set(replay.RAN_WITH) < set(replay.REPLAYS_WITH)
+    ran, has_not_run = "3.6.0", "3.8.0"
+    for version, value, enabled in (
+        (ran, None, True), (ran, "", True), (ran, "0", False), (ran, "1", True),
+        (has_not_run, None, False), (has_not_run, "", False), (has_not_run, "0", False), (has_not_run, "1", True),
+    ):  # fmt: skip
+        monkeypatch.setattr(replay.triton, "__version__", version)
         monkeypatch.delenv(replay.VARIABLE, raising=False)
         if value is not None:
             monkeypatch.setenv(replay.VARIABLE, value)

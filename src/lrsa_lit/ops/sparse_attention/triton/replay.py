@@ -7,7 +7,7 @@ on, and passes later launches of the same kind to the compiled kernel's own laun
 Launches that it is not sure of go to Triton: in the interpreter, with other backends, while hooks or debugging options
 are set, with a misaligned pointer, and with arguments of other types.
 
-It is off unless ``LRSA_REPLAY_LAUNCHES=1``. Replays have run on a GPU, but their results were not yet compared there.
+It is on with versions of Triton with which it has passed its tests on a GPU; ``LRSA_REPLAY_LAUNCHES`` overrides that.
 """
 
 from __future__ import annotations
@@ -28,20 +28,24 @@ from triton.runtime.jit import JITFunction
 
 from lrsa_lit.errors import UserError
 
-__all__ = ["REPLAYS_WITH", "VARIABLE", "Replayed", "replayed"]
+__all__ = ["RAN_WITH", "REPLAYS_WITH", "VARIABLE", "Replayed", "replayed"]
 
 REPLAYS_WITH = ("3.6", "3.7", "3.8", "3.9")
 """Versions of Triton whose launchers take the arguments that :class:`Replayed` passes."""
 
+RAN_WITH = ("3.6", "3.9")
+"""Those of them with which replays have passed their tests on a GPU (``make test-gpu``), and are on by default."""
+
 VARIABLE = "LRSA_REPLAY_LAUNCHES"
-"""The environment variable that switches replays on (1) or off (0, the default)."""
+"""The environment variable that switches replays on (1) or off (0)."""
 
 
 def _is_switched_on() -> bool:
-    value = os.environ.get(VARIABLE) or "0"
+    version = ".".join(triton.__version__.split(".")[:2])
+    value = os.environ.get(VARIABLE) or ("1" if version in RAN_WITH else "0")
     if value not in ("0", "1"):
         raise UserError(VARIABLE, value, "0 or 1")
-    if value == "1" and ".".join(triton.__version__.split(".")[:2]) not in REPLAYS_WITH:
+    if value == "1" and version not in REPLAYS_WITH:
         known = f"is for triton {', '.join(REPLAYS_WITH)}; {triton.__version__} is installed"
         raise UserError(VARIABLE, value, "0", reason=known)
     return value == "1"
