@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lrsa_lit.data.prompts import Prompt, TooLong, encode, render_messages, render_prompt
 from lrsa_lit.data.records import Passage, QARecord
-from lrsa_lit.data.tokenization import encode_text, special_ids, token_counts
+from lrsa_lit.data.tokenization import encode_text, encode_texts, special_ids, token_counts
 from lrsa_lit.models.tiny import tiny_tokenizer
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<filename>", "<pad>", "<end>")
@@ -58,6 +58,7 @@ def test_any_text_comes_back_and_holds_no_special_token(text):
     tokens = encode_text(TOKENIZER, text)
     assert TOKENIZER.decode(tokens.ids) == text
     assert not specials(tokens.ids)
+    assert encode_texts(TOKENIZER, [text, "", text]) == [tokens.ids, [], tokens.ids]
     assert token_counts(TOKENIZER, [text, "", text]) == [len(tokens.ids), 0, len(tokens.ids)]
 
 

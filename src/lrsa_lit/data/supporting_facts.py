@@ -27,7 +27,7 @@ from lrsa_lit.data.plan import EpochPlan
 from lrsa_lit.data.policies import FixedSize
 from lrsa_lit.data.sentence_facts import Facts, FactsBatch, collate_facts, cut
 from lrsa_lit.data.splits import check_fractions, disjoint_splits, split_of_keys
-from lrsa_lit.data.tokenization import encode_text, token_counts
+from lrsa_lit.data.tokenization import encode_texts, token_counts
 from lrsa_lit.errors import UserError
 
 if TYPE_CHECKING:
@@ -230,10 +230,11 @@ class SupportingFacts(SentenceData):
         tokenizer = self.checked_tokenizer
         parts = list(_sentences(paragraphs))
         titled = [f"{title} {text}" if first else text for _, title, text, first in parts]
+        asked, *sentences = encode_texts(tokenizer, [question["question"].strip(), *titled])
         facts = Facts(
             id=question["_id"],
-            question=encode_text(tokenizer, question["question"].strip()).ids,
-            sentences=[encode_text(tokenizer, text).ids for text in titled],
+            question=asked,
+            sentences=sentences,
             keys=[(title, text) for _, title, text, _ in parts],
             paragraphs=[place for place, *_ in parts],
             lengths=self._counts([text for _, _, text, _ in parts]),

@@ -56,12 +56,19 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, user: Sequence[Sp
     return plain
 
 
-def token_counts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
-    """Number of tokens that :func:`encode_text` makes of each of a user's texts."""
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """The token ids that :func:`encode_text` makes of each of a user's texts, in one call of the tokenizer."""
+    if not texts:
+        return []
     special = special_ids(tokenizer)
     rows = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     pairs = zip(texts, rows, strict=True)
-    return [len(row if special.isdisjoint(row) else encode_text(tokenizer, text).ids) for text, row in pairs]
+    return [row if special.isdisjoint(row) else encode_text(tokenizer, text).ids for text, row in pairs]
+
+
+def token_counts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
+    """Number of tokens that :func:`encode_text` makes of each of a user's texts."""
+    return list(map(len, encode_texts(tokenizer, texts)))
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:

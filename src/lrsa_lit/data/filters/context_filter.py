@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -138,7 +139,7 @@ class ContextFilter(FromSettings, ABC):
 
     def count(self, passages: Sequence[Passage], prompt: Prompt) -> int:
         """Tokens of the passages in the prompt, without the text around them."""
-        return token_counts(self.tokenizer, [prompt.between.join(prompt.shown(passages))])[0]
+        return _count(self.tokenizer, prompt.between.join(prompt.shown(passages)))
 
     def use(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Set the tokenizer that counts tokens."""
@@ -204,6 +205,12 @@ class Budgeted(ContextFilter):
         """Tokens that each passage takes in addition to its text: its title and the separator before it."""
         shown = prompt.shown(with_texts(passages, [_TEXT] * len(passages)))
         return token_counts(self.tokenizer, [prompt.between + text.removesuffix(_TEXT) for text in shown])
+
+
+@functools.lru_cache(maxsize=4)
+def _count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    """Tokens of a text; a record's context is counted several times, which takes most of a filter's time."""
+    return token_counts(tokenizer, [text])[0]
 
 
 def with_texts(passages: Sequence[Passage], texts: Sequence[str]) -> list[Passage]:

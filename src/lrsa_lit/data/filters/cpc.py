@@ -16,7 +16,7 @@ from lrsa_lit.bounds import check_setting, is_integer
 from lrsa_lit.data.filters.sentence_filter import SentenceFilter
 from lrsa_lit.data.filters.sentences import Sentence
 from lrsa_lit.data.records import QARecord
-from lrsa_lit.data.tokenization import encode_text
+from lrsa_lit.data.tokenization import encode_texts
 from lrsa_lit.errors import UserError, message_of, named
 from lrsa_lit.io import sha256_of
 
@@ -70,14 +70,13 @@ class CPC(SentenceFilter):
         most = self.max_tokens or encoder.max_tokens
         pieces: list[list[int]] = []
         owners: list[int] = []
-        for number, sentence in enumerate(sentences):
-            text = sentence.titled if sentence.first else sentence.text
-            ids = encode_text(encoder.tokenizer, text.strip()).ids
+        texts = [(each.titled if each.first else each.text).strip() for each in sentences]
+        question, *rows = encode_texts(encoder.tokenizer, [record.question.strip(), *texts])
+        for number, ids in enumerate(rows):
             cut = [ids[start : start + most] for start in range(0, len(ids), most)]
             pieces += cut
             owners += [number] * len(cut)
-        question = encode_text(encoder.tokenizer, record.question.strip()).ids[:most]
-        asked, found = embeddings(encoder.model, [[question], pieces], most)
+        asked, found = embeddings(encoder.model, [[question[:most]], pieces], most)
         best = [_NOWHERE] * len(sentences)
         for owner, cosine in zip(owners, (found @ asked[0]).tolist(), strict=True):
             best[owner] = max(best[owner], cosine)

@@ -78,12 +78,18 @@ class SentenceFilter(Budgeted):
     def _cut(self, record: QARecord, budget: int, titles: Sequence[int]) -> tuple[list[Sentence], list[int]]:
         """The sentences of a context, long ones in pieces, and the token count of each."""
         found: list[Sentence] = []
+        lengths: list[int] = []
         whole = sentences_of(record.passages)
         for sentence, tokens in zip(whole, token_counts(self.tokenizer, [each.text for each in whole]), strict=True):
             room = max(budget - titles[sentence.passage], 1)
-            parts = [sentence.text] if tokens <= room else pieces_of(sentence.text, self.tokenizer, room)
+            if tokens <= room:
+                found.append(sentence)
+                lengths.append(tokens)
+                continue
+            parts = list(pieces_of(sentence.text, self.tokenizer, room))
             found += (replace(sentence, text=text, first=sentence.first and not n) for n, text in enumerate(parts))
-        return found, token_counts(self.tokenizer, [each.text for each in found])
+            lengths += token_counts(self.tokenizer, parts)
+        return found, lengths
 
 
 def ranked(scores: Sequence[float], forced: Sequence[bool]) -> list[int]:
