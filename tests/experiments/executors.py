@@ -9,6 +9,9 @@ import pytest
 from lrsa_lit.cli.main import main
 from lrsa_lit.experiments.jobs import OutOfTimeError
 
+LAYERS = 2
+"""Of the tiny model."""
+
 
 class InProcess:
     """Runs the commands in this process, where the libraries are loaded."""
@@ -81,11 +84,13 @@ class Fabricated(InProcess):
             found |= {"prediction": "a0", "f1": 1.0, "exact_match": 1.0, "recall": 1.0}
         line = {"id": "q", "answer_tokens": 2} | dict.fromkeys(rules, found)
         path.write_text("".join(json.dumps(line) + "\n" for _ in range(facts.questions)))
-        digests = {name: "dense" if rule is None else LRSAConfig.from_dict(rule).digest() if "compressor" in rule
-                   else LRSAConfig(**rule).digest() for name, rule in rules.items()}  # fmt: skip
+        made = {name: rule and (LRSAConfig.from_dict(rule) if "compressor" in rule else LRSAConfig(**rule))
+                for name, rule in rules.items()}  # fmt: skip
+        digests = {name: "dense" if rule is None or len(rule.dense_layers) == LAYERS else rule.digest()
+                   for name, rule in made.items()}  # fmt: skip
         about = {
             "machine": {"device": "abacus"},
-            "layers": 2,
+            "layers": LAYERS,
             "max_new_tokens": model["max_new_tokens"],
             "dtype": "float32",
             "seconds": 3.0,

@@ -120,6 +120,25 @@ def test_a_command_evaluates_all_attentions_of_the_same_questions(study_file, da
     assert ran == ["fit", "test", "test"]
 
 
+def test_dense_attention_alone_is_all_that_is_evaluated(study_file, data, tmp_path):
+    alone = {"rows": ["base"], "inference": ["dense"], "sets": ["plain"]}
+    tiny_study.write(study_file, parts={"alone": alone, "both": alone | {"inference": ["dense", "4x"]}})
+    lines, attentions = [], []
+    for part in ("alone", "both"):
+        run, executor = runner(study_file, data, tmp_path, part, overlay=NO_LOGGER), InProcess()
+        assert run.run(run.chosen([part]), executor)
+        lines.append(read_lines(tmp_path / part)[0])
+        settings = Path(executor.ran[0][-1])
+        attentions.append(json.loads(settings.with_name("answers.json").read_text())["attentions"])
+    assert [len(found) for found in attentions] == [1, 2]
+    one, other = lines
+    assert one["loss"] == pytest.approx(other["loss"], abs=1e-3)
+    varying = {"loss", "seconds"}
+    for line in lines:
+        line["measured"] = {key: value for key, value in line["measured"].items() if not key.endswith("seconds")}
+    assert {key: one[key] for key in one.keys() - varying} == {key: other[key] for key in other.keys() - varying}
+
+
 def test_answers_serve_who_asks_for_losses_but_not_the_other_way_round(study_file, data, tmp_path):
     quick = {"rows": ["base"], "inference": ["dense"], "sets": ["plain"], "generate": False}
     tiny_study.write(study_file, parts={"quick": quick, "full": {**quick, "generate": True}})

@@ -37,8 +37,12 @@ def facts(trainer: Trainer, task: LongContextQA) -> dict[str, Any]:
     """
     command = "validate" if trainer.state.fn == "validate" else "test"
     split: Split = "val" if command == "validate" else "test"
-    config, rules = task.model.config.get_text_config(), {name or OWN: rule for name, rule in task.attentions.items()}
-    layers, data = config.num_hidden_layers, getattr(trainer, "datamodule", None)
+    layers, data = task.model.config.get_text_config().num_hidden_layers, getattr(trainer, "datamodule", None)
+    # A rule for no layer is dense attention.
+    rules = {
+        name or OWN: None if rule is None or len(rule.dense_layers) == layers else rule
+        for name, rule in task.attentions.items()
+    }
     data_sets = {} if data is None else data.facts(split)
     report = {} if data is None else data.report[split]
     return {

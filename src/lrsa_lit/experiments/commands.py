@@ -11,6 +11,8 @@ from lrsa_lit.attention import LRSAConfig
 from lrsa_lit.experiments.study import Evaluation, Row, Settings, Study, digest
 
 _CHECKPOINT_EVERY = 100
+_OWN_ATTENTION = ("head_gates", "digests")
+"""Parts of a model that decide its own attention, and take no dense layers."""
 _COMMANDS = {"val": "validate", "test": "test"}
 
 
@@ -54,11 +56,18 @@ def fit(
 
 
 def evaluation(
-    study: Study, row: Row, evaluations: Sequence[Evaluation], folder: Path, overlay: Settings, workers: int = 1
+    study: Study,
+    row: Row,
+    evaluations: Sequence[Evaluation],
+    folder: Path,
+    overlay: Settings,
+    depth: int,
+    workers: int = 1,
 ) -> list[str]:
     """The evaluation command of a row under several attentions, on one split, with ``workers`` processes per device.
 
-    The run's own rule is the first of these attentions, so that no attention is evaluated in addition.
+    The run's own rule is the first of these attentions, so that no attention is evaluated in addition. If all are
+    dense, it is a rule that leaves all ``depth`` layers of the model dense.
     """
     own = next((item for item in evaluations if item.rule is not None), None)
     first, answers = evaluations[0], answers_of(evaluations, folder)
@@ -80,6 +89,8 @@ def evaluation(
         model["max_new_tokens"] = most
     if own is not None and own.rule is not None:
         model["lrsa"] = _whole(own.rule)
+    elif not any(row.settings["model"].get(part) for part in _OWN_ATTENTION):
+        model |= {"lrsa": _whole(LRSAConfig(dense_layers=tuple(range(depth)))), "evaluate": {}}
     precision = row.settings["trainer"].get("precision")
     if str(precision).startswith("bf16"):
         # Evaluation needs no float32 copy of the weights.

@@ -48,6 +48,7 @@ class Runner:
     shared: bool = False
     workers: int = 1
     failed: list[str] = field(default_factory=list)
+    _counts: dict[str, int] = field(default_factory=dict)
 
     def chosen(self, parts: Sequence[str], rows: Collection[str] = (), seeds: Collection[int] = ()) -> list[Work]:
         """The work of parts, for all or selected rows and seeds.
@@ -130,7 +131,8 @@ class Runner:
             found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
             self._keep(work, [training_line(self._about(work), found, row.trained_by())])
         for group in _groups(self._missing(work)):
-            command = partial(commands.evaluation, self.study, row, group, folder, self.overlay, self.workers)
+            layers = self._layers(row)
+            command = partial(commands.evaluation, self.study, row, group, folder, self.overlay, layers, self.workers)
             if code := (yield self._job(work, record, command)):
                 names = ", ".join(item.name for item in group)
                 self._fail(work, f"{group[0].data_set} under {names}: the evaluation failed (exit code {code})")
@@ -173,6 +175,16 @@ class Runner:
         root = {"trainer": {"default_root_dir": str(self.folder)}}
         layers = row.layers({other.name: other.hash for other in row.needs})
         return self.study.fit_settings.given(self.study.arguments, [*layers, root, self.overlay])
+
+    def _layers(self, row: Row) -> int:
+        """The number of layers of the row's model."""
+        from lrsa_lit.models import Backbone
+
+        settings = self._settings(row)["model"]["backbone"]
+        if (key := digest(settings)) not in self._counts:
+            made = self.study.fit_settings.made(f"rows.{row.name}.model.backbone", Backbone, settings)
+            self._counts[key] = made.config.num_hidden_layers
+        return self._counts[key]
 
     def _about(self, work: Work) -> Line:
         return {"study": self.study.title, "row": work.row.name, **self._trained_by(work)}
