@@ -79,10 +79,11 @@ class LatentStream(KeyValueStream):
         key, value = self._take(query.shape[-1], key, value)
         if query.shape[2] == 1 and not self.due:
             return self._attend_to_latents(query, scale)
+        # Those of the new tokens are there already.
         before = self._rows - key.shape[2]
-        read = (self._keys(), self._values()) if before else (key, value)
-        self._probing = max(self._probing, sum(part.nbytes for part in read))
-        self._store = PairBuffer(*(part[:, :, :before] for part in read))
+        read = (self._keys(before), self._values(before)) if before else (key[:, :, :0], value[:, :, :0])
+        self._probing = max(self._probing, sum(part.nbytes for part in (*read, key, value)))
+        self._store = PairBuffer(*read)
         try:
             return self._attend(query, key, value, scale)
         finally:
@@ -177,9 +178,10 @@ class LatentStream(KeyValueStream):
     def _rows(self) -> int:
         return self._filled[0].shape[2]
 
-    def _keys(self) -> Tensor:
-        latent, _, positions = self._filled
+    def _keys(self, rows: int | None = None) -> Tensor:
+        """Keys of the first ``rows`` held tokens, or of all."""
+        latent, _, positions = (part[:, :, :rows] for part in self._filled)
         return self._reader.keys(latent, positions[..., 0])
 
-    def _values(self) -> Tensor:
-        return self._reader.values(self._filled[1])
+    def _values(self, rows: int | None = None) -> Tensor:
+        return self._reader.values(self._filled[1][:, :, :rows])
