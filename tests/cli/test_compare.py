@@ -62,6 +62,10 @@ def test_systems_and_rule_are_compared_at_budgets_and_go_on(in_process, monkeypa
         "--limit",
         "2",
     ]
+    main([*arguments, "--data-only"])
+    assert "qa/test: 2 examples" in capfd.readouterr().out
+    assert not in_process
+    assert not Path("out/results.jsonl").exists()
     main(arguments)
     lines = read_lines(Path("out/results.jsonl"))
     names = ["dense", "KeyNorm", "rule-LagRelative-at-320-of-640", "rule-LagRelative-at-160-of-640"]

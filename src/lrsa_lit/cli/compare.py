@@ -55,6 +55,9 @@ def run(arguments: Sequence[str]) -> None:
     works = runner.chosen(list(study.parts))
     with executor(options.on) as runs:
         questions.prepare(splits_of(works))
+        if options.data_only:
+            print(f"The data is in {questions.folder}; the same command without --data-only evaluates", flush=True)
+            return
         before = len(runner.results.lines)
         with resumable():
             runner.run(works, runs)
@@ -107,6 +110,7 @@ def _parser() -> Parser:
     add("--lag-size", type=integer(2, LARGEST), default=128, help="L of the rule (default: 128)")
     add("--batch-size", type=integer(1, LARGEST), default=1, help="questions at a time (default: 1)")
     add("--to", type=Path, default=Path("runs/compare"), help="folder for all output (default: runs/compare)")
+    add("--data-only", action="store_true", help="tokenise and filter the questions, and evaluate nothing")
     add("--no-mlflow", action="store_true", help="record no MLflow runs")
     add_on(parser)
     add_plugins(parser)

@@ -41,6 +41,7 @@ TOOLS = {
     "export": "write a checkpoint as a folder that transformers loads",
     "input-moments": "measure moments of attention inputs, for low-rank keys and values with smaller errors",
     "preference-pairs": "rewrite passages, and pair better with worse rewritings, for training a summariser",
+    "prepare": "tokenise the data of a fit, before it or for a machine without the data's files",
     "schema": "print the JSON schema of the settings, for editors that complete YAML",
     "serve": "answer chats of many users at once over OpenAI's API",
     "study": "train and evaluate the rows of a study, part by part",
@@ -51,7 +52,7 @@ TOOLS = {
 }
 """Commands with their own options; each is a module of that name with a function ``run``."""
 
-AS_FIT = ("distil-cache", "input-moments", "preference-pairs", "summarise", "token-gates")
+AS_FIT = ("distil-cache", "input-moments", "preference-pairs", "prepare", "summarise", "token-gates")
 """Tools with the options of a fit."""
 
 HELP = """\
