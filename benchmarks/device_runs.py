@@ -35,7 +35,7 @@ def in_processes(script: str, flags: list[str], *, seconds: float) -> dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         row = Path(folder) / "row.json"
         command = [sys.executable, str(Path(script).resolve()), "--row", str(row), *flags]
-        run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, process_group=0)
         try:
             _, said = run.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
