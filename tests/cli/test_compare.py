@@ -93,6 +93,17 @@ def test_systems_and_rule_are_compared_at_budgets_and_go_on(in_process, monkeypa
     assert "Nothing was left to evaluate: out/results.jsonl has all results\n" in capfd.readouterr().out
 
 
+def test_other_questions_in_the_same_file_are_evaluated(in_process, capfd):
+    asked = [*COMPARE, "--systems", "KeyNorm", "--budgets", "0.5", "--no-mlflow"]
+    main(asked)
+    Path("q.jsonl").write_text(Path("q.jsonl").read_text().replace("word is w1", "word is v1"))
+    main(asked)
+    assert len(in_process) == 2
+    first, *_, last = read_lines(Path("out/results.jsonl"))
+    assert first["set_digest"] != last["set_digest"]
+    assert Path("out/README.md").read_text().count("\n| KeyNorm | 50% |") == 1
+
+
 def test_a_system_may_be_there_twice_with_the_question_seen_and_not(in_process, capfd):
     asked = ["--systems", "KeyNorm", "KeyNorm={question: true}", "--budgets", "0.5", "--limit", "1"]
     main([*COMPARE, *asked, "--no-mlflow"])

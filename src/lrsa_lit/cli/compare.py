@@ -54,7 +54,8 @@ def run(arguments: Sequence[str]) -> None:
     runner = Runner(study, questions, Results(options.to / "results.jsonl", study), options.to, overlay)
     works = runner.chosen(list(study.parts))
     with executor(options.on) as runs:
-        questions.prepare(splits_of(works))
+        # Anew, because the files of the questions may have changed since the last time.
+        questions.prepare(splits_of(works), anew=True)
         if options.data_only:
             print(f"The data is in {questions.folder}; the same command without --data-only evaluates", flush=True)
             return
