@@ -38,7 +38,7 @@ from lrsa_lit.models import Backbone
 from lrsa_lit.models.tiny import tiny_model, tiny_tokenizer
 from lrsa_lit.ops.sparse_attention import Rule, select
 from lrsa_lit.paths import shipped
-from lrsa_lit.systems import System
+from lrsa_lit.systems import System, one_shot
 from lrsa_lit.systems.system import Encode
 
 HERE = Path(__file__).parent
@@ -194,7 +194,7 @@ def _run(model: Any, ids: list[int], case: Case, encode: Encode, cut: Tensor | N
         prefill(model, tokens[:, : case.tokens], cache)
         if isinstance(cache, LRSACache):
             for layer, positions in zip(cache.layers, [] if cut is None else cut, strict=cut is not None):
-                layer.streams[0].cut(_positions(positions)[None])
+                one_shot.cut(layer.streams, _positions(positions)[None])
             end_prompt(model, cache, tokens[:, : case.tokens], encode=encode)
             kept = torch.stack([_mask(layer.streams[0].kept, case.tokens) for layer in cache.layers])
         answer = range(case.tokens, case.tokens + ANSWER)

@@ -18,7 +18,6 @@ from lrsa_lit.systems import (
     Head,
     KeyNorm,
     LagKVPress,
-    Place,
     Prompt,
     SnapKV,
     StreamingLLM,
@@ -135,7 +134,7 @@ def test_sinks_and_tail_are_what_lagkv_press_always_keeps(tokens):
     """A budget never cuts into what has the highest score."""
     system = LagKVPress(sink_size=2, lag_size=4)
     key, value = torch.randn(2, 1, 3, tokens, 6, generator=torch.Generator().manual_seed(tokens)).unbind()
-    scores = system.scores(Prompt(key, value, key[:, :, None, :0], 1.0, Place(0)))
+    scores = system.scores(Prompt(key, value, key[:, :, None, :0], 1.0, (0,)))
     assert ((scores == 1).sum(dim=-1) == min(system.floor(tokens), tokens)).all()
     floor, head = system.floor(tokens), Head(1, 1, 4)
     assert system.at_most(floor * head.pair, tokens, head).pairs == floor

@@ -16,7 +16,7 @@ from lrsa_lit.bounds import check_setting, is_weight
 from lrsa_lit.ops.sparse_attention import GroupedStream, HeadGroups, Impl, KeyValueStream, Stream
 from lrsa_lit.ops.sparse_attention.buffer import Pair, PairBuffer
 from lrsa_lit.ops.sparse_attention.compressors import gather_kept
-from lrsa_lit.systems.one_shot import OneShotStream, Prompt, highest
+from lrsa_lit.systems.one_shot import OneShotStream, Prompt, ascending, highest
 from lrsa_lit.systems.rescored import Rescored
 from lrsa_lit.systems.system import Place
 
@@ -47,7 +47,7 @@ class AdaKV(Rescored):
         return scores.scatter(-1, highest(scores, sure), torch.finfo(scores.dtype).max)
 
     def keep(self, prompt: Prompt) -> Tensor:
-        """The positions to keep (B, H, most of a head); heads that keep fewer are padded with -1."""
+        """The positions to keep; heads keep different numbers, and are padded with -1."""
         count, tokens = self.count(prompt.tokens), prompt.tokens
         if count == tokens:
             return super().keep(prompt)
@@ -63,13 +63,12 @@ def highest_together(scores: Tensor, count: int) -> Tensor:
     """Positions of the highest scores (B, H, T) over all heads of a row; ties go to the earlier head and token.
 
     Returns:
-        (B, H, most of a head) int64, ascending; heads that have fewer are padded with -1.
+        (B, H, at most ``count``) int64, ascending; heads that have fewer are padded with -1.
     """
     tokens, best = scores.shape[2], highest(scores.flatten(1), count)
     kept = torch.zeros_like(scores, dtype=torch.bool).flatten(1).scatter(1, best, True).view_as(scores)
-    places = torch.arange(tokens, device=kept.device)
-    ascending = places.where(kept, tokens).sort(dim=-1).values[..., : int(kept.sum(dim=-1).max())]
-    return ascending.masked_fill(ascending == tokens, -1)
+    places = torch.arange(tokens, device=kept.device).where(kept, tokens)
+    return ascending(places, tokens)[..., :count]
 
 
 class UnequalStream(OneShotStream):
@@ -115,18 +114,16 @@ class UnequalStream(OneShotStream):
             self._grouped.count(tokens)
             self.seen += tokens
 
-    def cut(self, kept: Tensor) -> None:
-        """Keep only the pairs at these positions (1, H, most of a head); -1 is padding."""
-        (counts,) = (kept >= 0).sum(dim=-1).tolist()
-        parts = []
-        for head, count in enumerate(counts):
+    def _store_only(self, kept: Tensor, counts: Sequence[Sequence[int]]) -> None:
+        """As in :class:`OneShotStream`, but each head keeps a number of its own."""
+        parts, (of_heads,) = [], counts
+        for head, count in enumerate(of_heads):
             part, own = KeyValueStream(None, self.impl), slice(head, head + 1)
             pairs = (gather_kept(held[:, own], kept[:, own, :count]) for held in self.buffer.filled)
             part._store, part.seen = PairBuffer(*pairs), self.seen
             parts.append(part)
-        groups = HeadGroups(tuple((head,) for head in range(len(counts))))
+        groups = HeadGroups(tuple((head,) for head in range(len(of_heads))))
         self._grouped, self._store = GroupedStream(groups, parts), None
-        self.forget_queries(kept)
 
     def rows(self, indices: Tensor) -> UnequalStream:
         """See :class:`Stream`."""

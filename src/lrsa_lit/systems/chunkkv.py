@@ -15,7 +15,7 @@ from torch import Tensor
 from lrsa_lit.bounds import check_integers
 from lrsa_lit.ops.sparse_attention import Stream
 from lrsa_lit.ops.sparse_attention.scoring import runs_of
-from lrsa_lit.systems.one_shot import OneShot, Prompt, due, highest
+from lrsa_lit.systems.one_shot import OneShot, OneShotStream, Prompt, ascending, cut, due, highest, together
 from lrsa_lit.systems.query_scores import window_attention
 from lrsa_lit.systems.rescored import Rescored
 
@@ -50,14 +50,14 @@ class ChunkKVPress(Rescored):
         return min(tokens, self._chosen(-(-tokens // self.size)) * self.size)
 
     def keep(self, prompt: Prompt) -> Tensor:
-        """The positions to keep (B, H, n); all rows must keep equally many."""
+        """The positions to keep; rows that keep the shorter last chunk are padded with -1."""
         tokens = prompt.tokens
         if tokens < self.size or self.count(tokens) == tokens:
             return super().keep(prompt)
         sums, lengths = chunk_sums(self.scores(prompt).sum(dim=1), self.size)
         chosen = highest(sums / lengths, self._chosen(len(lengths)))
-        rows = [tokens_of(chunks, self.size, tokens) for chunks in chosen]
-        return torch.stack(rows)[:, None].expand(-1, prompt.key.shape[1], -1)
+        kept = ascending(tokens_of(chosen, self.size), tokens)
+        return kept[:, None].expand(-1, prompt.key.shape[1], -1)
 
     def _chosen(self, chunks: int) -> int:
         """How many of the chunks are kept."""
@@ -97,25 +97,29 @@ class ChunkKV(OneShot):
         return received[:, None].expand(-1, prompt.key.shape[1], -1)
 
     def keep(self, prompt: Prompt) -> Tensor:
-        """The positions to keep (B, H, n); all rows must keep equally many."""
+        """The positions to keep; rows that keep the shorter last chunk are padded with -1."""
         tokens, count = prompt.tokens, self.count(prompt.tokens)
         if count == tokens:
             return super().keep(prompt)
         past, window = tokens - self.window, torch.arange(tokens - self.window, tokens, device=prompt.key.device)
         sums, _ = chunk_sums(self.scores(prompt)[:, 0], self.size)
-        bodies = [tokens_of(chunks, self.size, past) for chunks in highest(sums, count // self.size)]
-        rows = [torch.cat([body[: max(count - self.window, 0)], window]) for body in bodies]
-        return torch.stack(rows)[:, None].expand(-1, prompt.key.shape[1], -1)
+        body = tokens_of(highest(sums, count // self.size), self.size)[:, : max(count - self.window, 0)]
+        # The last chunk has no tokens of the window.
+        body = body.masked_fill(body >= past, tokens)
+        kept = ascending(torch.cat([body, window.expand(len(body), -1)], dim=1), tokens)
+        return kept[:, None].expand(-1, prompt.key.shape[1], -1)
 
     @torch.no_grad()
     def end_prompt(self, streams: Sequence[Stream]) -> None:
-        """Select in each layer; the first layer of a group that is not dense chooses for the group."""
-        kept: dict[int, Tensor] = {}
+        """Select in all layers at once; the first layer of a group that is not dense chooses for the group."""
+        groups: dict[int, list[OneShotStream]] = {}
         for stream in due(streams):
-            group = stream.place.layer // self.reuse
-            if group not in kept:
-                kept[group] = self.keep(stream.prompt())
-            stream.cut(kept[group])
+            groups.setdefault(stream.place.layer // self.reuse, []).append(stream)
+        for some in together([group[0] for group in groups.values()]):
+            kept = self.keep(Prompt.of_layers([first.prompt() for first in some])).chunk(len(some))
+            members = [groups[first.place.layer // self.reuse] for first in some]
+            own = [part for part, group in zip(kept, members, strict=True) for _ in group]
+            cut([stream for group in members for stream in group], torch.cat(own))
 
 
 def chunk_sums(of_tokens: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -125,7 +129,6 @@ def chunk_sums(of_tokens: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return runs.sum(dim=-1), lengths.clamp(max=size)
 
 
-def tokens_of(chunks: Tensor, size: int, stop: int) -> Tensor:
-    """The positions below ``stop`` in the chunks (n,), ascending."""
-    places = (chunks[:, None] * size + torch.arange(size, device=chunks.device)).flatten()
-    return places[places < stop]
+def tokens_of(chunks: Tensor, size: int) -> Tensor:
+    """The positions (B, n size) in the chunks (B, n), as if the last chunk were whole."""
+    return (chunks[..., None] * size + torch.arange(size, device=chunks.device)).flatten(1)

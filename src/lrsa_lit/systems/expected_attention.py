@@ -57,7 +57,7 @@ class ExpectedAttention(OneShot):
 
     def _expected(self, key: Tensor, prompt: Prompt) -> Tensor:
         """Probabilities (B, H, G, T - sinks): the softmax of k mu s + k Sigma k s^2 / 2, with the scale s."""
-        moments, rotary = prompt.moments, prompt.place.rotary
+        moments, rotary = prompt.moments, prompt.rotary
         assert moments is not None
         assert rotary is not None
         next_ones = torch.arange(prompt.tokens, prompt.tokens + self.future, device=key.device)

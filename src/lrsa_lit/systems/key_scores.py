@@ -62,11 +62,12 @@ class Random(OneShot):
         check_setting("seed", self.seed, is_integer(self.seed), "an integer")
 
     def scores(self, prompt: Prompt) -> Tensor:
-        """Uniform in [0, 1), the same for every row of the batch."""
+        """Uniform in [0, 1), the same for every row of a layer."""
         batch, heads, tokens, _ = prompt.key.shape
         head, token = (torch.arange(count, device=prompt.key.device) for count in (heads, tokens))
-        seed = self.seed * 1_000_003 + prompt.place.layer
-        return token_hash(seed, head[:, None], token).expand(batch, -1, -1)
+        seeds = (self.seed * 1_000_003 + layer for layer in prompt.layers)
+        of_layers = torch.stack([token_hash(seed, head[:, None], token) for seed in seeds])
+        return of_layers[:, None].expand(-1, batch // len(of_layers), -1, -1).flatten(0, 1)
 
 
 @dataclass(frozen=True)

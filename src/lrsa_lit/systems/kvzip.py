@@ -18,7 +18,7 @@ from lrsa_lit.bounds import check_integers, check_setting
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import Impl, Stream
 from lrsa_lit.systems.adakv import UnequalStream, highest_together
-from lrsa_lit.systems.one_shot import OneShot, Prompt
+from lrsa_lit.systems.one_shot import OneShot, Prompt, cut
 from lrsa_lit.systems.system import Encode, Place, Repeat
 
 _QUERIES = 256
@@ -117,12 +117,10 @@ class KVzip(OneShot):
         """
         due = _due(streams)
         for shared in [[stream] for stream in due] if self.per_layer else [due] if due else []:
-            kept = self.share_out([stream.scores_for(self) for stream in shared])
-            for stream, positions in zip(shared, kept, strict=True):
-                stream.cut(positions[None])
+            cut(shared, self.share_out([stream.scores_for(self) for stream in shared]))
 
     def share_out(self, scores: Sequence[Tensor]) -> Tensor:
-        """The positions to keep in some layers: (layers, H, most of a head), padded with -1.
+        """The positions to keep in some layers: (layers, H, at most T), padded with -1.
 
         Args:
             scores: (1, H, T) for each layer. Ties go to the earlier layer, head and token.
@@ -177,10 +175,10 @@ class RepeatStream(UnequalStream):
         self._noted.append(repeat_scores(grouped, seen, key, system.sink_size, scale))
         return super().probe(query, key, value, scale)
 
-    def cut(self, kept: Tensor) -> None:
+    def cut(self, kept: Tensor, positions: Tensor, counts: Sequence[Sequence[int]]) -> None:
         """As in :class:`UnequalStream`; also drops the scores."""
         self._peak = self.peak_nbytes
-        super().cut(kept.to(self.buffer.filled[0].device))
+        super().cut(kept.to(self.buffer.filled[0].device), positions, counts)
         self._noted = []
 
     def rows(self, indices: Tensor) -> RepeatStream:

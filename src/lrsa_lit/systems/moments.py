@@ -5,8 +5,10 @@ Dimensions: B batch, H key-value heads, G query heads of each, N tokens, D head_
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -37,6 +39,11 @@ class Moments:
         apart = other.mean - self.mean
         between = apart[..., :, None] * apart[..., None, :] * (self.count * other.count / count)
         return Moments(count, self.mean + apart * (other.count / count), self.products + other.products + between)
+
+    @classmethod
+    def together(cls, rows: Sequence[Moments]) -> Moments:
+        """The moments of further rows of the batch, all of equally many tokens."""
+        return cls(rows[0].count, torch.cat([each.mean for each in rows]), torch.cat([each.products for each in rows]))
 
     @property
     def covariance(self) -> Tensor:

@@ -6,7 +6,7 @@ Dimensions: B batch, H key-value heads, G query heads of each, T tokens of the p
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -14,23 +14,27 @@ import torch
 from torch import Tensor
 
 from lrsa_lit.bounds import check_setting, is_integer, is_weight
-from lrsa_lit.ops.sparse_attention import Impl, KeyValueStream, Stream, attended_pairs
+from lrsa_lit.ops.sparse_attention import Impl, KeyValueStream, Rotary, Stream, attended_pairs
 from lrsa_lit.ops.sparse_attention.buffer import PairBuffer
 from lrsa_lit.ops.sparse_attention.compressors import gather_kept
 from lrsa_lit.systems.moments import Moments
 from lrsa_lit.systems.system import Place, System
 
+_NUMBERS = 1 << 25
+"""The most numbers in the keys of layers that are selected from at once; scores take a few times their memory."""
+
 
 @dataclass(frozen=True)
 class Prompt:
-    """The complete prompt in one layer, for equally long rows.
+    """The complete prompt in one layer or several, for equally long rows. The rows of a layer are followed by the next.
 
     Attributes:
-        key: (B, H, T, D), rotated.
+        key: (B, H, T, D), rotated; B counts the rows of all layers.
         value: (B, H, T, D).
         query: (B, H, G, w, D), rotated, of the last w tokens: the system's ``window``, or fewer in a shorter prompt.
         scale: factor of the attention logits.
-        place: the layer.
+        layers: the indices of the layers.
+        rotary: the rotation of the keys; None unless the system needs it.
         moments: the moments of its queries without their rotation; None unless the system needs them.
     """
 
@@ -38,8 +42,21 @@ class Prompt:
     value: Tensor
     query: Tensor
     scale: float
-    place: Place
+    layers: tuple[int, ...]
+    rotary: Rotary | None = None
     moments: Moments | None = None
+
+    @classmethod
+    def of_layers(cls, layers: Sequence[Prompt]) -> Prompt:
+        """Prompts of one shape, scale and rotation, as one."""
+        first = layers[0]
+        if len(layers) == 1:
+            return first
+        tensors = zip(*((each.key, each.value, each.query) for each in layers), strict=True)
+        moments = [each.moments for each in layers if each.moments is not None]
+        numbers = tuple(number for each in layers for number in each.layers)
+        joined = Moments.together(moments) if moments else None
+        return cls(*(torch.cat(parts) for parts in tensors), first.scale, numbers, first.rotary, joined)
 
     @property
     def tokens(self) -> int:
@@ -125,12 +142,15 @@ class OneShot(Wants, System):
 
     @torch.no_grad()
     def end_prompt(self, streams: Sequence[Stream]) -> None:
-        """Select in each layer."""
-        for stream in due(streams):
-            stream.cut(self.keep(stream.prompt()))
+        """Select in all layers at once, as far as memory allows."""
+        for some in together(due(streams)):
+            cut(some, self.keep(Prompt.of_layers([stream.prompt() for stream in some])))
 
     def keep(self, prompt: Prompt) -> Tensor:
-        """The positions to keep, (B, H, n) int64, ascending. If all are kept, no scores are computed."""
+        """The positions to keep, (B, H, n) int64, ascending. If all are kept, no scores are computed.
+
+        Rows and heads that keep fewer than others are padded with -1.
+        """
         count = self.count(prompt.tokens)
         if count == prompt.tokens:
             return torch.arange(count, device=prompt.key.device).expand(*prompt.key.shape[:2], -1)
@@ -146,10 +166,38 @@ def due(streams: Sequence[Stream]) -> list[OneShotStream]:
     return [stream for stream in streams if isinstance(stream, OneShotStream) and stream.is_due]
 
 
+def together(streams: Sequence[OneShotStream]) -> Iterator[list[OneShotStream]]:
+    """Groups of layers to select from at once, because each call costs the host as much for one layer as for many."""
+    alike: dict[object, list[OneShotStream]] = {}
+    for stream in streams:
+        key, _ = stream.buffer.filled
+        alike.setdefault((stream.place.rotary, stream.scale, key.shape, key.device), []).append(stream)
+    for some in alike.values():
+        at_once = max(1, _NUMBERS // max(some[0].buffer.filled[0].numel(), 1))
+        for start in range(0, len(some), at_once):
+            yield some[start : start + at_once]
+
+
+def cut(streams: Sequence[OneShotStream], kept: Tensor) -> None:
+    """Keep only the pairs at these positions (B, H, n) of all streams' rows; the host waits once for the device."""
+    positions = kept.cpu()
+    counts = (positions >= 0).sum(dim=-1).tolist()
+    rows = len(counts) // len(streams)
+    for number, stream in enumerate(streams):
+        own = slice(number * rows, (number + 1) * rows)
+        stream.cut(kept[own], positions[own], counts[own])
+
+
 def highest(scores: Tensor, count: int) -> Tensor:
     """Indices of the highest scores (…, T), of equal scores the earlier: (…, count) int64, ascending."""
     # A stable sort, because torch.topk does not define the order of ties.
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count].sort(dim=-1).values
+
+
+def ascending(places: Tensor, tokens: int) -> Tensor:
+    """The places (…, n) below ``tokens`` in ascending order, then -1 for each of the others."""
+    places = places.sort(dim=-1).values
+    return places.masked_fill(places >= tokens, -1)
 
 
 def forced(scores: Tensor, before: int, behind: int) -> Tensor:
@@ -175,7 +223,7 @@ class OneShotStream(KeyValueStream):
         self.kept: Tensor | None = None
         self._waiting: Tensor | None = None
         self._moments: Moments | None = None
-        self._scale, self._cut_at = 1.0, 0
+        self.scale, self._cut_at, self._stayed = 1.0, 0, 0.0
 
     @property
     def nbytes(self) -> int:
@@ -188,8 +236,8 @@ class OneShotStream(KeyValueStream):
         """The dense pairs of the prompt, then those of later tokens, which see the kept pairs and each other."""
         if self.kept is None:
             return super().attended_pairs
-        later, stayed = self.seen - self._cut_at, float((self.kept >= 0).sum()) / self.kept.shape[:2].numel()
-        return attended_pairs(self._cut_at, None) + later * (stayed + (later + 1) / 2) + self._probed
+        later = self.seen - self._cut_at
+        return attended_pairs(self._cut_at, None) + later * (self._stayed + (later + 1) / 2) + self._probed
 
     @property
     def is_due(self) -> bool:
@@ -199,7 +247,7 @@ class OneShotStream(KeyValueStream):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """See :class:`Stream`."""
         if self.kept is None:
-            self._scale = scale
+            self.scale = scale
             self._take(query.unflatten(1, (key.shape[1], -1)))
         return super().attend(query, key, value, scale)
 
@@ -220,26 +268,35 @@ class OneShotStream(KeyValueStream):
         """The prompt, before the selection."""
         key, value = self.buffer.filled
         query = key[:, :, None, :0] if self._waiting is None else self._waiting
-        return Prompt(key, value, query, self._scale, self.place, self._moments)
+        return Prompt(key, value, query, self.scale, (self.place.layer,), self.place.rotary, self._moments)
 
     def end_prompt(self) -> None:
         """Select, once."""
         self.system.end_prompt([self])
 
-    def cut(self, kept: Tensor) -> None:
-        """Keep only the pairs at these positions (B, H, n), copied so that the others are freed."""
-        key, value = self.buffer.filled
-        self._store = PairBuffer(gather_kept(key, kept), gather_kept(value, kept))
-        self.forget_queries(kept)
+    def cut(self, kept: Tensor, positions: Tensor, counts: Sequence[Sequence[int]]) -> None:
+        """Keep only some pairs, copied so that the others are freed.
 
-    def forget_queries(self, kept: Tensor) -> None:
-        """Drop the stored queries after the selection, and record the kept positions."""
-        self.kept, self._waiting, self._moments, self._cut_at = kept.cpu(), None, None, self.seen
+        Args:
+            kept: (B, H, n), their positions; -1 is padding.
+            positions: the same on the CPU.
+            counts: how many each head of each row keeps.
+        """
+        self._store_only(kept, counts)
+        every = [count for heads in counts for count in heads]
+        self.kept, self._stayed = positions[..., : max(every)].clone(), sum(every) / len(every)
+        self._waiting, self._moments, self._cut_at = None, None, self.seen
+
+    def _store_only(self, kept: Tensor, counts: Sequence[Sequence[int]]) -> None:
+        """Store nothing but these pairs; all rows and heads have equally many."""
+        kept = kept[..., : counts[0][0]]
+        self._store = PairBuffer(*(gather_kept(held, kept) for held in self.buffer.filled))
 
     def rows(self, indices: Tensor) -> OneShotStream:
         """See :class:`Stream`."""
         other = type(self)(self.system, self.place, self.impl)
-        other.seen, other._scale, other._probed, other._cut_at = self.seen, self._scale, self._probed, self._cut_at
+        other.seen, other.scale, other._probed = self.seen, self.scale, self._probed
+        other._cut_at, other._stayed = self._cut_at, self._stayed
         if self._store is not None:
             share = len(indices) / len(self._store.whole[0])
             other._peak, other._probing = int(self._peak * share), int(self._probing * share)

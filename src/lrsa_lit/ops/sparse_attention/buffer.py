@@ -84,7 +84,8 @@ class RowBuffer(Generic[Rows]):
     @property
     def nbytes(self) -> int:
         """Bytes of the filled rows; spare rows do not count."""
-        return sum(part.nbytes for part in self.filled)
+        # Without a view of each part, because a cache asks for the bytes of thousands of buffers.
+        return sum(part.nbytes // max(self.capacity, 1) * self.length for part in self._parts)
 
     def append(self, rows: Rows) -> None:
         """Append rows to the filled ones."""
