@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+_CHECKED = 8
+"""Iterations between two checks whether labels have settled. Settled labels stay the same in further iterations."""
 _DISTANCES = 1 << 26
 """The most distances between a key and a centre in memory at a time."""
 
@@ -23,7 +25,7 @@ def cluster_labels(keys: Tensor, count: int, iterations: int, *, until_settled: 
         keys: (…, n, D).
         count: the number of clusters, K >= 0.
         iterations: the most iterations, at least 1.
-        until_settled: stop when the labels no longer change. The check makes the host wait for the device.
+        until_settled: stop soon after the labels no longer change. Each check makes the host wait for the device.
 
     Returns:
         (…, n) int64, each key's cluster; zeros if there are no clusters. Ties go to the earlier cluster.
@@ -38,7 +40,7 @@ def cluster_labels(keys: Tensor, count: int, iterations: int, *, until_settled: 
         length = centre.square().sum(dim=-1, keepdim=True)
         parts = [(length - 2 * centre @ unit[..., some, :].mT).argmin(dim=-2) for some in _blocks(unit, count)]
         nearest = torch.cat(parts, dim=-1)
-        if until_settled and number and torch.equal(nearest, labels):
+        if until_settled and number % _CHECKED == _CHECKED - 1 and torch.equal(nearest, labels):
             break
         labels = nearest
         sums, size = cluster_sums(unit, labels, count)
