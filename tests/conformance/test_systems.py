@@ -300,7 +300,7 @@ def test_its_bytes_are_those_of_the_memory_that_it_holds(model):
     assert cache.nbytes == memory(cache)
 
 
-LOOKED_AT = {"kept", "patterns", "attended", "reads", "thresholds"}
+LOOKED_AT = {"kept", "patterns", "attended", "reads", "thresholds", "_unread"}
 """What is there to be looked at, or a number a row."""
 
 
