@@ -52,11 +52,11 @@ class Prompt:
         first = layers[0]
         if len(layers) == 1:
             return first
-        tensors = zip(*((each.key, each.value, each.query) for each in layers), strict=True)
+        key, value, query = map(torch.cat, zip(*((each.key, each.value, each.query) for each in layers), strict=True))
         moments = [each.moments for each in layers if each.moments is not None]
         numbers = tuple(number for each in layers for number in each.layers)
         joined = Moments.together(moments) if moments else None
-        return cls(*(torch.cat(parts) for parts in tensors), first.scale, numbers, first.rotary, joined)
+        return cls(key, value, query, first.scale, numbers, first.rotary, joined)
 
     @property
     def tokens(self) -> int:
