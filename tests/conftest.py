@@ -47,6 +47,12 @@ def pytest_configure(config):
         tiny.tiny_model = lambda **options: narrowed(whole(**options), config.getoption("low_rank"))
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    """What a test draws without a seed of its own does not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def migrated_store():
     """MLflow makes the tables of one new SQLite store, by a second of migrations; those of the next are copies."""
