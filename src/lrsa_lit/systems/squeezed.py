@@ -11,12 +11,12 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from lrsa_lit.bounds import check_setting, is_integer, is_weight
 from lrsa_lit.ops.sdpa import sdpa
 from lrsa_lit.ops.sparse_attention import Impl, KeyValueStream, Stream
 from lrsa_lit.ops.sparse_attention.clustering import cluster_labels, cluster_sums
+from lrsa_lit.ops.sparse_attention.compressors import gather_kept
 from lrsa_lit.systems.system import Place, System
 
 _NUMBERS = 1 << 26
@@ -268,12 +268,19 @@ class SqueezedStream(KeyValueStream):
         """Exact attention (B, H, G, N, D) over the clustered keys that are read, the unclustered ones and new ones."""
         chosen, count = self.lookup(query, scale), query.shape[3]
         self._unread = self._unread + count * (~chosen).sum(dim=-1).double().mean()
-        # A mask and no copy of what is read: its size would make the host wait for the device in each layer and row.
-        read = pad(chosen, (0, key.shape[2] - chosen.shape[2]), value=True)
+        # A list of what is read, not a mask, so that time falls with the share. Its length makes the host wait.
+        most = int(chosen.sum(dim=-1).max())
+        listed = chosen.sort(dim=-1, descending=True, stable=True).indices[..., :most]
+        split = chosen.shape[2]
+        keys, values = (
+            torch.cat([gather_kept(rows[:, :, :split], listed), rows[:, :, split:]], dim=2) for rows in (key, value)
+        )
+        always = chosen.new_ones(*chosen.shape[:2], key.shape[2] - split)
+        read = torch.cat([chosen.gather(2, listed), always], dim=2)
         causal = torch.ones(count, read.shape[2], dtype=torch.bool, device=key.device).tril(read.shape[2] - count)
         if count == 1:
             looked_up = sum(level.centroids.shape[2] for level in self.levels or ()) / 2
             self.reads.append(read.sum(dim=-1) + looked_up)
         visible = (read[:, :, None] & causal).repeat(1, 1, query.shape[2], 1)
         rows = query.flatten(2, 3)
-        return sdpa(rows, key, value, mask=visible, scale=scale).reshape(query.shape)
+        return sdpa(rows, keys, values, mask=visible, scale=scale).reshape(query.shape)
