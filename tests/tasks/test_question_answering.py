@@ -10,8 +10,8 @@ from lrsa_lit.data.collate import collate
 from lrsa_lit.models import Backbone, LoRA
 from lrsa_lit.models.generation import before_stop, stop_tokens
 from lrsa_lit.models.tiny import tiny_tokenizer
-from lrsa_lit.systems import StreamingLLM
-from lrsa_lit.tasks import LongContextQA
+from lrsa_lit.systems import AdaKV, Cascade, KVzip, SnapKV, StreamingLLM
+from lrsa_lit.tasks import LongContextQA, question_answering
 
 RULE = LRSAConfig(sink_size=4, lag_size=16, top_k=4)
 
@@ -137,6 +137,24 @@ def test_a_context_is_cut_before_its_question_unless_that_is_to_be_seen(question
     rows["context_length"] = [60, 40]
     (behind_question, _), _ = made.losses(rows, rule)
     assert torch.equal(found, behind_question) is question
+
+
+@pytest.mark.parametrize(
+    "system",
+    [StreamingLLM(0.5), AdaKV(0.5, scorer=SnapKV(window=8)), KVzip(0.5), Cascade(8)],
+    ids=lambda it: it.__class__.__name__,
+)
+def test_losses_behind_the_prompts_that_are_answered_are_those_of_prompts_read_anew(system, monkeypatch):
+    rule, rows = RULE.replace(system=system), batch(60, 40, 50)
+    made = LongContextQA(Backbone("tiny", dtype="float64"), rule, train_attention=None, max_new_tokens=6)
+    made.configure_model()
+    rows["context_length"] = [30, 40, 45]
+    expected, tokens = made.losses(rows, rule)
+    texts, _ = made.generate(rows, rule)
+    monkeypatch.delattr(question_answering, "losses_behind_prompts")
+    found = made.validation_step(rows, 0)[""]
+    assert found.loss == pytest.approx(expected.tolist(), rel=1e-9)
+    assert (found.tokens, found.text) == (tokens.tolist(), texts)
 
 
 def test_what_begins_another_message_does_not_cost_the_answer_its_score():

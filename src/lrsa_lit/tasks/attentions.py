@@ -52,6 +52,18 @@ def check_layers(rules: Mapping[str, LRSAConfig | None], count: int, heads: int 
                 rule.layers.check(count, heads)
 
 
+def needs_cache(rule: LRSAConfig | None) -> bool:
+    """Whether a rule has a system that works only on a prompt in a cache, so that losses need one too."""
+    return rule is not None and rule.system is not None and not rule.system.trains
+
+
+def check_train(field: str, rule: LRSAConfig | None) -> None:
+    """Raise a UserError if a rule has a system that models cannot be trained with."""
+    if rule is not None and needs_cache(rule):
+        raise UserError(field, type(rule.system).__name__, reason="is a system that cannot be trained with",
+                        hint=f"model.{field}: null trains with dense attention")  # fmt: skip
+
+
 def evaluated(own: LRSAConfig, further: Mapping[str, Attention]) -> dict[str, LRSAConfig | None]:
     """The rules to evaluate, by name: the run's own as "", then the further ones."""
     with under("lrsa"):

@@ -34,10 +34,10 @@ from lrsa_lit.objectives.positions import Positions
 from lrsa_lit.objectives.teachers import Teacher, check_own_teachers
 from lrsa_lit.strategies import context_of, gathered, is_sharded, shard, whole_mesh
 from lrsa_lit.tasks.answer_meter import AnswerMeter
-from lrsa_lit.tasks.attentions import check_layers, check_names, derived, evaluated, of_system
+from lrsa_lit.tasks.attentions import check_layers, check_names, check_train, derived, evaluated, needs_cache, of_system
 from lrsa_lit.tasks.digests import Digests
 from lrsa_lit.tasks.head_gates import HeadGates
-from lrsa_lit.tasks.losses_behind_prompts import losses_behind_prompts
+from lrsa_lit.tasks.losses_behind_prompts import LossesBehind, losses_behind_prompts
 from lrsa_lit.tasks.measures import measured
 from lrsa_lit.tasks.optimizers import check_length, optimizer_of
 from lrsa_lit.tasks.prediction_lines import prediction_lines
@@ -146,10 +146,7 @@ class LongContextQA(lightning.LightningModule):
 
     def check_training(self) -> None:
         """Refuse a system that models cannot be trained with."""
-        system = None if self.train_config is None else self.train_config.system
-        if system is not None and not system.trains:
-            raise UserError("train_attention", type(system).__name__, reason="is a system that cannot be trained with",
-                            hint="model.train_attention: null trains with dense attention")  # fmt: skip
+        check_train("train_attention", self.train_config)
 
     @property
     def part(self) -> TrainedPart | None:
@@ -294,8 +291,9 @@ class LongContextQA(lightning.LightningModule):
         found = {}
         for name, rule in self.attentions.items():
             with under(f"evaluate.{name}") if name else contextlib.nullcontext(), of_system(rule):
-                losses, tokens = self.losses(batch, rule)
-                texts = self.generate(batch, rule)[0] if self.generate_answers else None
+                behind = LossesBehind.of(self.model, batch, rule) if self.generate_answers else None
+                texts = self.generate(batch, rule, behind)[0] if self.generate_answers else None
+                losses, tokens = self.losses(batch, rule) if behind is None else behind.found
             found[name] = Answers(losses.tolist(), tokens.tolist(), texts)
             took = self._answering(rule or self._dense).usage if texts else None
             self.meters[name].update(found[name], batch, took)
@@ -313,21 +311,23 @@ class LongContextQA(lightning.LightningModule):
         """The summed loss and the number of tokens of each answer (B,), with a rule; None means dense attention."""
         with using(self.model, rule), uncompiled():
             model, batch = self._given(batch, rule)
-            wanted, columns = targets(batch), batch["label_columns"]
-            if rule is not None and rule.system is not None and not rule.system.trains:
+            if needs_cache(rule):
                 losses = losses_behind_prompts(model, batch, self.tokenizer)
             else:
-                losses = losses_of_rows(model, wanted, columns, input_ids=batch["input_ids"], use_cache=False)
-        return losses, (wanted != IGNORE_INDEX).sum(dim=1)
+                ids, columns = batch["input_ids"], batch["label_columns"]
+                losses = losses_of_rows(model, targets(batch), columns, input_ids=ids, use_cache=False)
+        return losses, (targets(batch) != IGNORE_INDEX).sum(dim=1)
 
-    def generate(self, batch: Batch, rule: LRSAConfig | None) -> tuple[list[str], list[int]]:
+    def generate(
+        self, batch: Batch, rule: LRSAConfig | None, behind: LossesBehind | None = None
+    ) -> tuple[list[str], list[int]]:
         """Greedy answers to prompts (B, Tp), up to a special token, and their lengths in tokens; None means dense."""
         rule = rule or self._dense
         with using(self.model, rule), uncompiled(), torch.no_grad():
             answering = self._answering(rule)
             answering.model, given = self._given(batch, rule)
             ends = given.get("first_turn"), given.get("context_length")
-            answers = answering(given["prompt_ids"], given["prompt_mask"], *ends)
+            answers = answering(given["prompt_ids"], given["prompt_mask"], *ends, behind)
             if self.digests is not None and given is not batch and answering.usage:
                 answering.usage = self.digests.usage(answering.usage, batch)
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)

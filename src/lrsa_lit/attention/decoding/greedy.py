@@ -5,6 +5,7 @@ Dimensions: B prompts, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
@@ -23,6 +24,9 @@ from lrsa_lit.systems.system import Encode
 
 Step = Callable[[Tensor], Tensor]
 """Feeds one token per row, (B, 1), and returns logits (B, 1, V), which the next step may overwrite."""
+
+Behind = Callable[[LRSACache, Tensor, Tensor], None]
+"""Takes a cache behind prompts, which it may continue, and what :func:`read_prompts` returns."""
 
 
 class Greedy:
@@ -65,6 +69,7 @@ class Greedy:
         attention_mask: Tensor | None = None,
         first_turns: Sequence[int] | None = None,
         contexts: Sequence[int] | None = None,
+        behind: Behind | None = None,
     ) -> list[list[int]]:
         """The tokens that follow each prompt (B, T), without the one that ends the answer.
 
@@ -73,6 +78,8 @@ class Greedy:
             attention_mask: (B, T), 1 for real tokens, at least one per prompt; None if all are real.
             first_turns: as in :func:`read_prompts`; systems select there.
             contexts: as in :func:`read_prompts`; systems select there.
+            behind: called once, with a copy of the cache where the prompts end. It must wait for the device, because
+                its time is not part of the usage.
         """
         rows, began = len(prompts), time.perf_counter()
         if self._graphed:
@@ -83,7 +90,7 @@ class Greedy:
             first_turns, contexts = (each and [each[row] for row in order] for each in (first_turns, contexts))
         cache, step = self._cache_for(len(prompts))
         peaks: list[list[float]] = []
-        logits, _ = read_prompts(
+        logits, seen = read_prompts(
             self.model,
             cache,
             prompts,
@@ -94,13 +101,17 @@ class Greedy:
             synced=self._synced,
             progress=lambda _: peaks.append([row.peak for row in cache.measured(rows)]),
         )
-        behind, at, steps = cache.measured(rows), [], []
+        read, at, steps = cache.measured(rows), [], []
+        resumed = 0.0
         for values in greedy_tokens(logits, step, self._stops, most=self._most, synced=self._synced):
             steps.append(values)
             at.append(time.perf_counter())
-        found = zip(behind, cache.measured(rows), zip(*peaks, strict=True), strict=True)
+            if behind is not None and len(steps) == 1:
+                behind(_copy(cache, range(rows), of=len(prompts)), logits[:rows], seen[:rows])
+                resumed = time.perf_counter() - at[0]
+        found = zip(read, cache.measured(rows), zip(*peaks, strict=True), strict=True)
         measured = [_of_answer(row, answer)._replace(peak=max(row.peak, *peak)) for row, answer, peak in found]
-        token = (at[-1] - at[0]) / (len(at) - 1) if len(at) > 1 else None
+        token = (at[-1] - at[0] - resumed) / (len(at) - 1) if len(at) > 1 else None
         self.usage = Usage(measured, at[0] - began, token)
         tokens = list(zip(*steps, strict=True))[:rows]
         return [list(itertools.takewhile(lambda token: token not in self._stops, answer)) for answer in tokens]
@@ -117,6 +128,14 @@ class Greedy:
         cache, step = self._caches[rows]
         cache.reset()
         return cache, step
+
+
+def _copy(cache: LRSACache, rows: Sequence[int], *, of: int) -> LRSACache:
+    """A copy of some rows of a cache ``of`` so many."""
+    own = copy.deepcopy(cache)
+    if len(rows) < of:
+        own.batch_select_indices(torch.tensor(rows))
+    return own
 
 
 def _of_answer(prompt: Measured, answer: Measured) -> Measured:
