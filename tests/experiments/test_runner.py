@@ -376,7 +376,7 @@ def test_a_data_set_may_have_longer_answers(study_file, data, tmp_path):
     run = runner(study_file, data, tmp_path, overlay=NO_LOGGER)
     (work,) = run.chosen(["main"], rows=["lrsa"])
     for item, wanted in zip(work.evaluations[::2], (9, 4), strict=True):
-        files = commands.evaluation(run.study, work.row, [item], tmp_path / item.data_set, NO_LOGGER)[2::2]
+        files = commands.evaluation(run.study, work.row, [item], tmp_path / item.data_set, NO_LOGGER, depth=2)[2::2]
         given = [json.loads(Path(path).read_text()) for path in files if path.endswith(".yaml")]
         found = [layer["model"]["max_new_tokens"] for layer in given if "max_new_tokens" in layer.get("model", {})]
         assert found[-1] == wanted
