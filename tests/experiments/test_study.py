@@ -271,7 +271,7 @@ def test_an_evaluation_sets_all_of_its_first_attention(tmp_path):
     study = study_of(tmp_path, model={"lrsa": {"head_top_k": [2, 4]}})
     row = study.row("base")
     items = [Evaluation(name, study.inference[name], "plain", "test", True) for name in ("8x", "4x")]
-    evaluation(study, row, items, tmp_path / "out", {})
+    evaluation(study, row, items, tmp_path / "out", {}, depth=2)
     layers = [yaml.safe_load(path.read_text()) for path in tmp_path.rglob("settings-*.yaml")]
     (model,) = [layer["model"] for layer in layers if "evaluate" in layer.get("model", {})]
     assert model["lrsa"] == {"system": None, "head_top_k": None, **study.inference["8x"].to_dict()}
