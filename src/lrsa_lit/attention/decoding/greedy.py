@@ -102,16 +102,16 @@ class Greedy:
             progress=lambda _: peaks.append([row.peak for row in cache.measured(rows)]),
         )
         read, at, steps = cache.measured(rows), [], []
-        resumed = 0.0
+        paused = 0.0
         for values in greedy_tokens(logits, step, self._stops, most=self._most, synced=self._synced):
             steps.append(values)
             at.append(time.perf_counter())
             if behind is not None and len(steps) == 1:
                 behind(_copy(cache, range(rows), of=len(prompts)), logits[:rows], seen[:rows])
-                resumed = time.perf_counter() - at[0]
+                paused = time.perf_counter() - at[0]
         found = zip(read, cache.measured(rows), zip(*peaks, strict=True), strict=True)
         measured = [_of_answer(row, answer)._replace(peak=max(row.peak, *peak)) for row, answer, peak in found]
-        token = (at[-1] - at[0] - resumed) / (len(at) - 1) if len(at) > 1 else None
+        token = (at[-1] - at[0] - paused) / (len(at) - 1) if len(at) > 1 else None
         self.usage = Usage(measured, at[0] - began, token)
         tokens = list(zip(*steps, strict=True))[:rows]
         return [list(itertools.takewhile(lambda token: token not in self._stops, answer)) for answer in tokens]

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lrsa_lit.ops.sparse_attention.triton.host_functions import expressible
+from lrsa_lit.ops.sparse_attention.triton.host_functions import expressible, triton_is_among
 
 __all__ = [
     "CHECKED", "COMPILES_WITH", "DIM", "ENOUGH", "RAN_WITH", "forward_pipeline", "key_gradient_pipeline",
@@ -28,12 +28,7 @@ COMPILES_WITH = ("3.6", "3.7", "3.8", "3.9")
 """Versions that compile the kernels (benchmarks/hopper_compile.py). After passing on a GPU, add them to RAN_WITH."""
 
 
-def _is_among(versions: tuple[str, ...]) -> bool:
-    """Whether the installed Triton is a release of one of these versions."""
-    return ".".join(triton.__version__.split(".")[:2]) in versions
-
-
-CHECKED: bool = _is_among(RAN_WITH)
+CHECKED: bool = triton_is_among(RAN_WITH)
 """Whether the kernels were tested with the installed version of Triton."""
 
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -74,7 +69,7 @@ def refusal(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
             f"the faster kernels for Hopper GPUs are for bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
         )
     if not CHECKED:
-        compiles = _is_among(COMPILES_WITH)
+        compiles = triton_is_among(COMPILES_WITH)
         state = "compiles them, but no GPU has run them with it" if compiles else "is not known to compile them"
         tested = f"the faster kernels for Hopper GPUs have run with triton {' and '.join(RAN_WITH)} alone"
         return f"{tested} (torch 2.11 has 3.6); triton {triton.__version__}, which is installed, {state}"

@@ -9,6 +9,7 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -20,6 +21,11 @@ INTEGERS = [
     "sink", "lag", "keep", "chunk", "last", "window",
 ]  # fmt: skip
 """Arguments that kernels are not specialised on, so that new values do not cause recompilation."""
+
+
+def triton_is_among(versions: tuple[str, ...]) -> bool:
+    """Whether the installed Triton is a release of one of these versions, such as 3.6."""
+    return ".".join(triton.__version__.split(".")[:2]) in versions
 
 
 class Inputs(NamedTuple):

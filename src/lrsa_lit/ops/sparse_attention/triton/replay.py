@@ -27,6 +27,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from lrsa_lit.errors import UserError
+from lrsa_lit.ops.sparse_attention.triton.host_functions import triton_is_among
 
 __all__ = ["RAN_WITH", "REPLAYS_WITH", "VARIABLE", "Replayed", "replayed"]
 
@@ -41,11 +42,10 @@ VARIABLE = "LRSA_REPLAY_LAUNCHES"
 
 
 def _is_switched_on() -> bool:
-    version = ".".join(triton.__version__.split(".")[:2])
-    value = os.environ.get(VARIABLE) or ("1" if version in RAN_WITH else "0")
+    value = os.environ.get(VARIABLE) or ("1" if triton_is_among(RAN_WITH) else "0")
     if value not in ("0", "1"):
         raise UserError(VARIABLE, value, "0 or 1")
-    if value == "1" and version not in REPLAYS_WITH:
+    if value == "1" and not triton_is_among(REPLAYS_WITH):
         known = f"is for triton {', '.join(REPLAYS_WITH)}; {triton.__version__} is installed"
         raise UserError(VARIABLE, value, "0", reason=known)
     return value == "1"
