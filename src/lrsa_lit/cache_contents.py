@@ -30,7 +30,8 @@ REMADE = ("models", "data", "sources", "hub", "unfinished")
 """Kinds that can be removed without loss, because they are made again when needed or are useless."""
 
 _TEACHERS = "teachers"
-_SOURCES = ".sources.json"
+SOURCES = ".sources.json"
+"""The end of the names of records of source files."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def _of_data(root: Path, folder: Path) -> Iterator[Entry]:
     digests = []
     for path in _finished(folder):
         if not path.is_dir():
-            if path.name.endswith(_SOURCES):
+            if path.name.endswith(SOURCES):
                 digests.append(path)
             else:
                 yield _entry(root, "other", path)
@@ -115,7 +116,7 @@ def _of_data(root: Path, folder: Path) -> Iterator[Entry]:
             yield _entry(root, _TEACHERS, each)
         yield from _unfinished(root, path / _TEACHERS)
     if digests:
-        yield _entry(root, "sources", *digests, name=folder / f"*{_SOURCES}")
+        yield _entry(root, "sources", *digests, name=folder / f"*{SOURCES}")
     yield from _unfinished(root, folder)
 
 

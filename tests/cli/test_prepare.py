@@ -10,18 +10,14 @@ import yaml
 from cli_helpers import NO_LOGGER, refusal
 
 from lrsa_lit.cli.main import main
-from lrsa_lit.data import HotpotQA
 from lrsa_lit.data.filters import BM25
 
 SETTINGS = ["--config", "configs/model/tiny.yaml", "--config", "data.yaml", *NO_LOGGER]
 
 
 @pytest.fixture(autouse=True)
-def _data(elsewhere, monkeypatch):
-    # In place of the package that has HotpotQA's file.
-    path = data_files.hotpotqa(elsewhere)["source"]
-    monkeypatch.setattr(HotpotQA.__init__, "__defaults__", (path, None, None))
-    settings = {"max_tokens": 700, "limit": {"train": 3}}
+def _data(elsewhere):
+    settings = {"max_tokens": 700, "limit": {"train": 3}, **data_files.hotpotqa(elsewhere)}
     data = {"class_path": "HotpotQA", "init_args": {**settings, "filter": {"class_path": "BM25"}}}
     Path("data.yaml").write_text(yaml.safe_dump({"data": data}))
 

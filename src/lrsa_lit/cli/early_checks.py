@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from lrsa_lit.cli import catalogue, source_text
+from lrsa_lit.data import kept_sources
 from lrsa_lit.errors import UserError
 from lrsa_lit.paths import PACKAGE_SCHEME, expanded, resolve, shipped
 from lrsa_lit.yaml_file import read_settings
@@ -115,7 +116,7 @@ class _State:
                 raise UserError(f"data.init_args.{name}", reason="is required", hint=hint)
 
     def check_files(self) -> None:
-        """Refuse named files that do not exist."""
+        """Refuse named files that do not exist, unless examples that were made from them are in the cache."""
         source = self._values.get("model.backbone.source")
         if isinstance(source, str) and (source.startswith(PACKAGE_SCHEME) or source.endswith(".gguf")):
             resolve(source, key="model.backbone.source")
@@ -125,8 +126,9 @@ class _State:
             path, key = self._values.get(f"data.init_args.{name}"), f"data.init_args.{name}"
             if not isinstance(path, str) or "${" in path or not self._classes.get("data"):
                 continue
-            # The data set decides whether a folder is allowed.
-            if path.startswith(PACKAGE_SCHEME) or not expanded(key, path).is_dir():
+            # The data set decides whether a folder is allowed, and whether what is cached of an absent file will do.
+            is_folder = not path.startswith(PACKAGE_SCHEME) and expanded(key, path).is_dir()
+            if not (is_folder or kept_sources.are_kept(path)):
                 resolve(path, key=key)
         checkpoint = self._values.get("ckpt_path")
         if isinstance(checkpoint, str) and checkpoint != LAST and "${" not in checkpoint:

@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lrsa_lit.bounds import check_counts, is_integer
-from lrsa_lit.data import fingerprint, token_cache
+from lrsa_lit.cache_contents import SOURCES
+from lrsa_lit.data import fingerprint, kept_sources, token_cache
 from lrsa_lit.data.collate import Batch, groups_of
 from lrsa_lit.data.filters.context_filter import ContextFilter
 from lrsa_lit.data.filters.filtered_examples import checked_filter, counted, encode_filtered, sources_of
@@ -209,8 +210,8 @@ class QADataModule(lightning.LightningDataModule):
             "tokenizer": fingerprint.of_tokenizer(self.checked_tokenizer),
         }
         name = type(self).__name__
-        self._sources_file = cache_dir("data", f"{name}-{fingerprint.digest(parts)}.sources.json")
-        sources = token_cache.with_absent(self._sources_file, self.sources() | sources_of(self.filter))
+        self._sources_file = cache_dir("data", f"{name}-{fingerprint.digest(parts)}{SOURCES}")
+        sources = kept_sources.with_absent(self._sources_file, self.sources() | sources_of(self.filter))
         return f"{name}-{fingerprint.digest({**parts, 'sources': sources})}"
 
     @property
@@ -253,7 +254,8 @@ class QADataModule(lightning.LightningDataModule):
         token_cache.remove_abandoned(cache_dir("data"))
         token_cache.build(folder, self._build(split), self.report[split])
         if fingerprint.is_of_files(type(self), type(self.filter)):
-            token_cache.keep_sources(self._sources_file, self.sources() | sources_of(self.filter))
+            with token_cache.writable(self._sources_file):
+                kept_sources.keep(self._sources_file, self.sources() | sources_of(self.filter))
         else:
             token_cache.forget_at_exit(folder)
             unseen = "%s is not defined in a file, so code changes cannot be detected: each process tokenises it anew"

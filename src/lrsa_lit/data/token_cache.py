@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import datasets
@@ -90,27 +90,6 @@ def load(folder: Path) -> tuple[datasets.Dataset, Counter[str]]:
     if damage := verified.damage(folder):
         raise UserError("LRSA_CACHE_DIR", folder, reason=f"is damaged ({damage}); remove it to have it rebuilt")
     return datasets.Dataset.from_file(str(folder / _EXAMPLES)), Counter(json.loads((folder / _REPORT).read_text()))
-
-
-def with_absent(path: Path, found: Mapping[str, str]) -> dict[str, str]:
-    """Add to the source files that were found those that :func:`keep_sources` recorded and that are now absent.
-
-    Examples made from absent files may still be in the cache: they were prepared on another machine, or before the
-    files were removed.
-    """
-    try:
-        kept = {str(name): str(content) for name, content in json.loads(path.read_text()).items()}
-    except (OSError, ValueError, AttributeError):
-        kept = {}
-    for absent in kept.keys() - found.keys():
-        _log.info("%s is absent; using the cached examples that were made from it", absent)
-    return {**kept, **found}
-
-
-def keep_sources(path: Path, found: Mapping[str, str]) -> None:
-    """Record the files that examples were made from, for machines that do not have these files."""
-    with writable(path):
-        io.write_atomically(path, lambda file: file.write(json.dumps(found, indent=1).encode()))
 
 
 def remove_abandoned(root: Path) -> None:
