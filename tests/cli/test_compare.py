@@ -43,7 +43,7 @@ def questions(elsewhere):
 def in_process(monkeypatch):
     """Evaluations run in this process, in which these commands ran."""
     runs = InProcess()
-    monkeypatch.setattr(on_ray, "executor", lambda on: contextlib.nullcontext(runs))
+    monkeypatch.setattr(on_ray, "executor", lambda on, jobs: contextlib.nullcontext(runs))
     return runs.ran
 
 

@@ -1,30 +1,32 @@
 """Stand-ins for where jobs run: in this process, or not at all."""
 
-import contextlib
 import json
 from pathlib import Path
 
 import pytest
 
 from lrsa_lit.cli.main import main
-from lrsa_lit.experiments.jobs import OutOfTimeError
+from lrsa_lit.experiments.jobs import Executor, OutOfTimeError
 
 LAYERS = 2
 """Of the tiny model."""
 
 
-class InProcess:
+class InProcess(Executor):
     """Runs the commands in this process, where the libraries are loaded."""
 
     def __init__(self):
+        super().__init__()
         self.ran = []
 
-    def drive(self, units, beat):
-        for unit in units:
-            with contextlib.closing(unit), contextlib.suppress(StopIteration):
-                job = next(unit)
-                while True:
-                    job = unit.send(self.run(job))
+    def start(self, job):
+        return self.run(job), object()
+
+    def wait(self, _):
+        return [(handle, handle[0]) for handle in self._running]
+
+    def stop(self, *_):
+        """Nothing runs any more."""
 
     def run(self, job):
         arguments = job.command()

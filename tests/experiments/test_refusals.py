@@ -44,6 +44,8 @@ def test_a_row_or_seed_that_a_part_does_not_have(option, value, study_file, data
         (["--part", "main", "--minutes", "-1"], "--minutes"),
         (["--part", "main", "--workers", "0"], "--workers"),
         (["--part", "main", "--on", "ray://127.0.0.1:9"], "--on"),
+        (["--part", "main", "--jobs", "0"], "--jobs"),
+        (["--part", "main", "--jobs", "2", "--on", "ray"], "--jobs"),
         (["--part", "main", "--out", "notes.txt"], "notes.txt"),
         (["--part", "main", "--out", "others.jsonl"], "others.jsonl"),
         (["--part", "main", "--out", "taken/results.jsonl"], "--out"),

@@ -17,7 +17,7 @@ from mlflow.tracking import MlflowClient
 
 from lrsa_lit.cli.main import main
 from lrsa_lit.cli.study import open_study
-from lrsa_lit.experiments import commands, jobs
+from lrsa_lit.experiments import commands, jobs, on_ray
 from lrsa_lit.experiments.report.cells import Cells
 from lrsa_lit.experiments.results import read_lines
 
@@ -232,11 +232,15 @@ def test_results_of_parts_of_a_study_are_put_together(study_file, data, tmp_path
     assert not any(missing for _, _, missing in together.todo(together.chosen(["main"])))
 
 
-def test_no_speed_is_recorded_on_a_shared_device(study_file, data, tmp_path):
+@pytest.mark.parametrize("shares", [["--shared"], ["--jobs", "2"]], ids=" ".join)
+def test_no_speed_is_recorded_on_a_shared_device(shares, study_file, data, tmp_path, monkeypatch):
     tiny_study.write(study_file, parts={"few": FEW})
-    run = runner(study_file, data, tmp_path, overlay=NO_LOGGER, shared=True)
-    assert run.run(run.chosen(["few"]), Fabricated(run.questions))
-    training, evaluation = run.results.lines
+    questions = runner(study_file, data, tmp_path).questions
+    monkeypatch.setattr(on_ray, "Executor", lambda *_: Fabricated(questions))
+    out = tmp_path / "results.jsonl"
+    files = ["--data", str(data), "--out", str(out), "--work", str(tmp_path / "work"), "--no-mlflow"]
+    main(["study", "run", str(study_file), "--part", "few", *files, *shares])
+    training, evaluation = read_lines(out)
     assert training["tokens_per_second"] is None
     assert training["machine"]["shared"] == evaluation["machine"]["shared"] == "yes"
     assert evaluation["measured"] == {"cache": 0.5}

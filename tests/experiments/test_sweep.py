@@ -42,14 +42,14 @@ def record(status):
     with Client(address) as recorder:
         recorder.send((top_k, status, os.environ["MLFLOW_RUN_CONTEXT"]))
         recorder.recv()
-record("RUNNING")
-if end == "hang":
-    try:
+try:
+    record("RUNNING")
+    if end == "hang":
         time.sleep(600)
-    except KeyboardInterrupt:
-        record("KILLED")
-        print("saved", flush=True)
-        sys.exit(130)
+except KeyboardInterrupt:
+    record("KILLED")
+    print("saved", flush=True)
+    sys.exit(130)
 if end == "dies":
     os.kill(os.getpid(), signal.SIGKILL)
 record("FAILED" if end == "fails" else "FINISHED")
@@ -81,10 +81,11 @@ sys.exit(end == "fails")
                     run = client.create_run(experiment, tags=json.loads(tags), run_name=f"K{top_k}")
                     runs[top_k] = run.info.run_id
                     client.log_metric(runs[top_k], "val/f1", int(top_k) / 100)
-                    self.when_begun(top_k)
                 else:
                     client.set_terminated(runs[top_k], status)
                 fit.send("recorded")
+                if status == "RUNNING":
+                    self.when_begun(top_k)
 
 
 @pytest.fixture

@@ -92,10 +92,11 @@ def without_data(arguments: Sequence[str]) -> list[str]:
     return kept
 
 
-def add_on(parser: argparse.ArgumentParser) -> None:
-    """Add the option ``--on`` of commands that run other commands."""
+def add_executor(parser: argparse.ArgumentParser) -> None:
+    """Add the options of commands that run other commands: where they run, and how many at the same time."""
+    parser.add_argument("--jobs", type=int, default=1, help="commands that run at the same time on this machine")
     where = "run on a Ray cluster whose machines share the folders: ray (on this machine) or ray://HOST:PORT"
-    parser.add_argument("--on", metavar="RAY", help=f"{where}; default: one after another on this machine")
+    parser.add_argument("--on", metavar="RAY", help=f"{where}; default: on this machine")
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrsa_lit.cli.arguments import LARGEST, Parser, add_on, add_plugins, checked, integer, resumable
+from lrsa_lit.cli.arguments import LARGEST, Parser, add_executor, add_plugins, checked, integer, resumable
 from lrsa_lit.errors import named
 from lrsa_lit.paths import check_writable
 
@@ -51,9 +51,11 @@ def run(arguments: Sequence[str]) -> None:
     study = open_study(str(_study_file(options)))
     questions = Questions(study, options.to / "data")
     overlay: dict[str, Any] = {"trainer": {"logger": False}} if options.no_mlflow else {}
-    runner = Runner(study, questions, Results(options.to / "results.jsonl", study), options.to, overlay)
+    runner = Runner(
+        study, questions, Results(options.to / "results.jsonl", study), options.to, overlay, shared=options.jobs > 1
+    )
     works = runner.chosen(list(study.parts))
-    with executor(options.on) as runs:
+    with executor(options.on, jobs=options.jobs) as runs:
         # Anew, because the files of the questions may have changed since the last time.
         questions.prepare(splits_of(works), anew=True)
         if options.data_only:
@@ -113,7 +115,7 @@ def _parser() -> Parser:
     add("--to", type=Path, default=Path("runs/compare"), help="folder for all output (default: runs/compare)")
     add("--data-only", action="store_true", help="tokenise and filter the questions, and evaluate nothing")
     add("--no-mlflow", action="store_true", help="record no MLflow runs")
-    add_on(parser)
+    add_executor(parser)
     add_plugins(parser)
     return parser
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrsa_lit.cli.arguments import Parser, add_on, resumable
+from lrsa_lit.cli.arguments import Parser, add_executor, resumable
 from lrsa_lit.errors import UserError
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _parser() -> Parser:
     add("--source", help="folder of the study's base LLM on this machine")
     add("--no-mlflow", action="store_true", help="record only lines of results, and no MLflow runs")
     add("--workers", type=int, default=1, help="processes on each device in an evaluation")
-    add_on(running)
+    add_executor(running)
     action("status", "show what is done of parts", _status, *shared)
     add = action("config", "print a row as a file for lrsa fit --config", _config, "study").add_argument
     add("row", help="name of the row")
@@ -124,9 +124,9 @@ def _run(options: argparse.Namespace) -> None:
     overlay: dict[str, Any] = {"trainer": {"logger": False}} if options.no_mlflow else {}
     if options.source is not None:
         overlay["model"] = {"backbone": {"source": options.source, "sha256": None}}
-    runner = _runner(options, options.work, overlay, shared=options.shared, workers=options.workers)
+    runner = _runner(options, options.work, overlay, shared=options.shared or options.jobs > 1, workers=options.workers)
     works = runner.chosen(options.part, options.rows, options.seeds)
-    with executor(options.on, 60 * options.minutes) as runs:
+    with executor(options.on, 60 * options.minutes, options.jobs) as runs:
         runner.questions.prepare(splits_of(works))
         with resumable():
             done = runner.run(works, runs)

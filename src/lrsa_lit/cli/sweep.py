@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lrsa_lit.cli.arguments import Parser, add_on, resumable
+from lrsa_lit.cli.arguments import Parser, add_executor, resumable
 from lrsa_lit.cli.main import prepared
 from lrsa_lit.errors import UserError
 from lrsa_lit.experiments.sweep import FLAG, Sweep, parse, points
@@ -30,7 +30,7 @@ def run(arguments: Sequence[str]) -> None:
     parser = Parser("lrsa sweep", description="Fit once for each point of a grid of settings.", epilog=EPILOG)
     of_grid = "values of a setting; repeat it to span a grid"
     parser.add_argument(FLAG, metavar="KEY=V1,V2", action="append", default=[], help=of_grid)
-    add_on(parser)
+    add_executor(parser)
     options, rest = parser.parse_known_args(arguments)
     if printing := [option for option in rest if option.startswith("--print_")]:
         raise UserError(printing[0], reason="it is not allowed in a sweep; use it with lrsa fit")
@@ -43,7 +43,7 @@ def run(arguments: Sequence[str]) -> None:
     from lrsa_lit.experiments.on_ray import executor
 
     todo = points(grid, rest, FitSettings())
-    with executor(options.on) as runs:
+    with executor(options.on, jobs=options.jobs) as runs:
         sweep = Sweep(todo, grid)
         try:
             with resumable():

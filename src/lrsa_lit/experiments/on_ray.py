@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import os
+import signal
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 from lrsa_lit.errors import UserError, message_of
-from lrsa_lit.experiments.jobs import EVERY, STOP_SECONDS, Executor, Job, OutOfTimeError, Unit, run
+from lrsa_lit.experiments.jobs import STOP_SECONDS, Executor, Job, run
 
 _KEY = "--on"
 _ATTEMPTS = 4
@@ -23,19 +25,24 @@ _ANSWER_SECONDS = 10.0
 
 
 @contextlib.contextmanager
-def executor(on: str | None, seconds: float | None = None) -> Iterator[Executor]:
+def executor(on: str | None, seconds: float | None = None, jobs: int = 1) -> Iterator[Executor]:
     """Context manager that yields the executor of jobs.
 
     Args:
         on: None for this machine; ``ray`` or ``ray://HOST:PORT`` for a cluster.
         seconds: time limit, after which no job is started and running jobs are stopped; None for no limit.
+        jobs: number of jobs that run at the same time on this machine.
 
     Raises:
-        UserError: Ray is not installed, or does not answer.
+        UserError: Ray is not installed, or does not answer; ``jobs`` is not allowed.
     """
+    if jobs < 1:
+        raise UserError("--jobs", jobs, "an integer >= 1")
     if on is None:
-        yield Executor(seconds)
+        yield Executor(seconds, jobs)
         return
+    if jobs > 1:
+        raise UserError("--jobs", jobs, reason=f"does not work with {_KEY}: a cluster runs as many as it has room for")
     ray = _connected(on)
     try:
         yield OnRay(ray, seconds)
@@ -52,57 +59,46 @@ class OnRay(Executor):
     """
 
     def __init__(self, ray: Any, seconds: float | None = None) -> None:
-        super().__init__(seconds)
+        # All units at once: Ray starts a task when a machine has room for it.
+        super().__init__(seconds, math.inf)
         self._ray, self._task = ray, ray.remote(max_retries=0)(_run)
-        self._running: dict[Any, tuple[Unit, Job, int]] = {}
+        self._attempts: dict[Any, int] = {}
 
-    def drive(self, units: Iterable[Unit], beat: Callable[[], None]) -> None:
-        """Run all units in parallel."""
-        try:
-            for unit in units:
-                self._go_on(unit, None)
-            while self._running:
-                if (left := self.left()) <= 0:
-                    raise OutOfTimeError
-                done, _ = self._ray.wait(list(self._running), timeout=min(EVERY, left))
-                beat()
-                for task in done:
-                    self._ended(task)
-        finally:
-            self._stop()
+    def start(self, job: Job) -> Any:
+        """Submit a job as a task."""
+        return self._submit(job, 1)
 
-    def _go_on(self, unit: Unit, code: int | None) -> None:
-        with contextlib.suppress(StopIteration):
-            self._submit(unit, next(unit) if code is None else unit.send(code), 1)
+    def wait(self, seconds: float) -> list[tuple[Any, int]]:
+        """The ended tasks and their exit codes; a task whose worker has died is submitted again."""
+        done, _ = self._ray.wait(list(self._running), timeout=seconds)
+        ended = []
+        for task in done:
+            attempt = self._attempts.pop(task)
+            try:
+                ended.append((task, self._ray.get(task)))
+            except self._ray.exceptions.RayError as error:
+                if attempt < _ATTEMPTS:
+                    print("a worker died; its job continues on another one", flush=True)
+                    unit, job = self._running.pop(task)
+                    self._running[self._submit(job, attempt + 1)] = unit, job
+                else:
+                    print(f"a worker died {_ATTEMPTS} times: {message_of(error)}", flush=True)
+                    ended.append((task, -9))
+        return ended
 
-    def _submit(self, unit: Unit, job: Job, attempt: int) -> None:
+    def stop(self, handles: Sequence[Any], number: signal.Signals) -> None:
+        """Cancel the running tasks, and give them time to save their checkpoints."""
+        for task in handles:
+            self._ray.cancel(task)
+        if handles:
+            self._ray.wait(handles, num_returns=len(handles), timeout=STOP_SECONDS)
+
+    def _submit(self, job: Job, attempt: int) -> Any:
         nodes = (node["Resources"].get("GPU", 0) for node in self._ray.nodes() if node["Alive"])
         gpus = gpus_of(job.trainer, int(max(nodes, default=0)))
         task = self._task.options(num_cpus=1, num_gpus=gpus).remote(job.command(), job.variables(), os.getcwd())
-        self._running[task] = unit, job, attempt
-
-    def _ended(self, task: Any) -> None:
-        unit, job, attempt = self._running.pop(task)
-        try:
-            code = self._ray.get(task)
-        except self._ray.exceptions.RayError as error:
-            if attempt < _ATTEMPTS:
-                print("a worker died; its job continues on another one", flush=True)
-                self._submit(unit, job, attempt + 1)
-                return
-            print(f"a worker died {_ATTEMPTS} times: {message_of(error)}", flush=True)
-            code = -9
-        self._go_on(unit, code)
-
-    def _stop(self) -> None:
-        """Cancel the running jobs, and give them time to save their checkpoints."""
-        for task in self._running:
-            self._ray.cancel(task)
-        if self._running:
-            self._ray.wait(list(self._running), num_returns=len(self._running), timeout=STOP_SECONDS)
-        for unit, _, _ in self._running.values():
-            unit.close()
-        self._running = {}
+        self._attempts[task] = attempt
+        return task
 
 
 def gpus_of(trainer: Mapping[str, Any], largest: int) -> int:
@@ -154,4 +150,4 @@ def _check_answers(address: str) -> None:
 def _run(arguments: list[str], environment: Mapping[str, str], folder: str) -> int:
     """Run a command in a worker, in the shared folder; cancelling raises KeyboardInterrupt here."""
     os.chdir(folder)
-    return run(arguments, environment, lambda: float("inf"), lambda: None)
+    return run(arguments, environment)

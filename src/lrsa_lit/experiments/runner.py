@@ -112,13 +112,13 @@ class Runner:
         return [other for other in asked.values() if not self._at_hand(other)]
 
     def _unit(self, work: Work, record: Record | None) -> Unit:
-        """Train a row unless its weights are available, then evaluate it."""
+        """Train a row unless its weights are available; the evaluations follow."""
         row, folder = work.row, self._folder(work)
         if not self._at_hand(work):
             before = _before(work)
             if lacking := [other.row.name for other in before if not self._at_hand(other)]:
                 self._fail(work, f"row {lacking[0]}, which it needs, is not trained")
-                return
+                return None
             _say(work, f"training{' resumes' if (folder / CHECKPOINT).exists() else ''}")
             if (folder / RECORD).exists():
                 # The record belongs to weights that are lost or that the results do not know.
@@ -127,18 +127,22 @@ class Runner:
             command = partial(commands.fit, self.study, row, work.seed, folder, self.overlay, checkpoints)
             if code := (yield self._job(work, record, command)):
                 self._fail(work, f"the training failed (exit code {code})")
-                return
+                return None
             found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
             self._keep(work, [training_line(self._about(work), found, row.trained_by())])
-        for group in _groups(self._missing(work)):
-            layers = self._layers(row)
-            command = partial(commands.evaluation, self.study, row, group, folder, self.overlay, layers, self.workers)
-            if code := (yield self._job(work, record, command)):
-                names = ", ".join(item.name for item in group)
-                self._fail(work, f"{group[0].data_set} under {names}: the evaluation failed (exit code {code})")
-            else:
-                weights = self.results.weights_of(self._trained_by(work)) or ""
-                self._keep(work, evaluation_lines(self._about(work), weights, group, answers_of(group, folder)))
+        return [self._evaluation(work, group, record) for group in _groups(self._missing(work))]
+
+    def _evaluation(self, work: Work, group: Sequence[Evaluation], record: Record | None) -> Unit:
+        """Evaluate a row under some attentions, by one command."""
+        folder, layers = self._folder(work), self._layers(work.row)
+        command = partial(commands.evaluation, self.study, work.row, group, folder, self.overlay, layers, self.workers)
+        if code := (yield self._job(work, record, command)):
+            names = ", ".join(item.name for item in group)
+            self._fail(work, f"{group[0].data_set} under {names}: the evaluation failed (exit code {code})")
+        else:
+            weights = self.results.weights_of(self._trained_by(work)) or ""
+            self._keep(work, evaluation_lines(self._about(work), weights, group, answers_of(group, folder)))
+        return None
 
     def _job(self, work: Work, record: Record | None, command: Callable[[], list[str]]) -> Job:
         tags = {"study.row": work.row.name, "study.config": work.row.hash}

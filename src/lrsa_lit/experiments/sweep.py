@@ -88,7 +88,7 @@ class Sweep:
         if (finished := next((run for run in runs if run.info.status == "FINISHED"), None)) is not None:
             print(printable(f"{shown}: finished as {finished.info.run_name}"), flush=True)
             self._found[number] = Outcome(point, "finished before", finished)
-            return
+            return None
 
         def command() -> list[str]:
             checkpoint = self._left_behind(point)
@@ -105,6 +105,7 @@ class Sweep:
                 self._failed.append(point)
             state = {0: "finished", 130: "stopped"}.get(code, f"failed (exit code {code})")
             self._found[number] = Outcome(point, state, self._ended(tags))
+        return None
 
     def _left_behind(self, point: Point) -> Path | None:
         """The last checkpoint of an unfinished fit of this point; its run becomes a child of this sweep."""
