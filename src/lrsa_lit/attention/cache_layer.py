@@ -20,6 +20,7 @@ from lrsa_lit.ops.sparse_attention import (
     KeyValueStream,
     Rule,
     Stream,
+    attend_by_length,
     attend_together,
     attended_pairs,
     can_attend_together,
@@ -48,8 +49,8 @@ class Past(NamedTuple):
 class LRSACacheLayer(CacheLayerMixin):
     """One layer: a single stream while all rows have the same length, else one stream per row.
 
-    Rows of unequal lengths attend together, as packed sequences, and in a first call are compressed together. Systems
-    and latents go row by row, and so do calls of single tokens, which the decoder serves on a GPU.
+    Rows of unequal lengths attend together, as packed sequences, and in a first call are compressed together. Latents
+    and most systems go row by row, and so do calls of single tokens, which the decoder serves on a GPU.
 
     In each call, the attention must call :meth:`update` once with its new tokens and then :meth:`attend` once. Stock
     attention attends by itself and calls :meth:`update` only. Any other order is refused.
@@ -168,6 +169,9 @@ class LRSACacheLayer(CacheLayerMixin):
             new = [stream for stream, (start, stop) in zip(self.streams, spans, strict=True) if start < stop]
             if not new or can_attend_together(new):
                 return self._attend_together(new, query, key, value, scale)
+            if self.streams[0].part_by_part and not any(stream.seen for stream in self.streams):
+                output, self.streams = attend_by_length(self.streams, spans, query, key, value, scale)
+                return output
         if len(self.streams) > 1 and query.shape[2] == 1 and not self.probing and set(spans) == {whole}:
             together = type(self.streams[0]).attend_rows(self.streams, query, key, value, scale)
             if together is not None:

@@ -194,6 +194,8 @@ def _winners(rivals: Tensor, score: Tensor, table: Tensor) -> Tensor:
 class CascadeStream(Stream):
     """Holds the cached pairs, with keys without their rotation, and the tokens of the current stride."""
 
+    part_by_part: ClassVar[bool] = True
+
     def __init__(self, system: Cascade, place: Place) -> None:
         assert place.rotary is not None
         self.system, self.place, self.rotary = system, place, place.rotary

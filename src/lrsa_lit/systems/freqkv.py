@@ -168,6 +168,8 @@ class FreqKV(System):
 class FreqKVStream(KeyValueStream):
     """The cache of FreqKV. Slots change only when it is compressed, so keys are stored rotated by their slots."""
 
+    part_by_part: ClassVar[bool] = True
+
     def __init__(self, system: FreqKV, place: Place, impl: Impl) -> None:
         assert place.rotary is not None
         super().__init__(None, impl)

@@ -59,6 +59,8 @@ class KeyDiffBlocks(System):
 class BlockStream(KeyValueStream):
     """Holds at most N + b pairs of a prompt, N at its end, and all pairs of the answer."""
 
+    part_by_part: ClassVar[bool] = True
+
     def __init__(self, system: KeyDiffBlocks, impl: Impl) -> None:
         super().__init__(None, impl)
         self.system, self._answers = system, False

@@ -42,6 +42,7 @@ from lrsa_lit.ops.sparse_attention.grouped_stream import GroupedStream
 from lrsa_lit.ops.sparse_attention.head_rules import HeadGroups, HeadRules, tensor_of_heads
 from lrsa_lit.ops.sparse_attention.query_selectors import QueryAttention, QueryRuns
 from lrsa_lit.ops.sparse_attention.rotary import Rotary
+from lrsa_lit.ops.sparse_attention.rows_by_length import attend_by_length
 from lrsa_lit.ops.sparse_attention.rows_together import attend_together, can_attend_together
 from lrsa_lit.ops.sparse_attention.rule import Rule, tensor_of_rule
 from lrsa_lit.ops.sparse_attention.scoring import Ranking
@@ -89,6 +90,7 @@ __all__ = [
     "ValueRelative",
     "ValueWeighted",
     "advance_together",
+    "attend_by_length",
     "attend_together",
     "attended_pairs",
     "bare_keys",

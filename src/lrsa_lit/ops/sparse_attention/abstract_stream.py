@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,9 +22,11 @@ class Stream(ABC):
 
     Attributes:
         seen: tokens received so far.
+        part_by_part: whether a prompt is processed in many small parts, so that each further row costs the host much.
     """
 
     seen: int = 0
+    part_by_part: ClassVar[bool] = False
     # The most bytes held within a call; set by streams that hold more during a call than after it.
     _peak: int = 0
     # The most additional bytes while :meth:`KeyValueStream.probe` attends, which one layer does at a time.
