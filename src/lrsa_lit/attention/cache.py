@@ -339,7 +339,8 @@ class LRSACache(Cache):
         seen = [stream.seen for stream in self.layers[0].streams]
         if all(count == self.get_seq_length() for count in seen):
             return None
-        return (torch.tensor(seen, device="cpu")[:, None] + torch.arange(length, device="cpu")).to(device)
+        positions = torch.tensor(seen, device="cpu")[:, None] + torch.arange(length, device="cpu")
+        return positions.to(device, non_blocking=True)
 
     def stored_tokens(self) -> list[float]:
         """For each layer, tokens stored per head, summed over the rows; the mean if heads differ."""

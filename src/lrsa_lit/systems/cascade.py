@@ -19,11 +19,8 @@ from lrsa_lit.bounds import check_setting, is_integer
 from lrsa_lit.ops.sparse_attention import Impl, Stream, attended_pairs
 from lrsa_lit.ops.sparse_attention.buffer import Pair, joined
 from lrsa_lit.ops.sparse_attention.compressors import gather_kept
+from lrsa_lit.systems.received_attention import attention_and_sums
 from lrsa_lit.systems.system import Head, Place, System
-
-_PROBABILITIES = 1 << 26
-"""The most probabilities in memory at a time."""
-
 
 @dataclass(frozen=True)
 class Cascade(System):
@@ -54,6 +51,7 @@ class Cascade(System):
     eager: bool = True
     needs_rotary: ClassVar[bool] = True
     budget_field: ClassVar[str] = "window"
+    answers_by_token: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check each bound once."""
@@ -148,7 +146,9 @@ def _plan(
             most = max(map(len, slots), default=1)
             # Padding repeats the last candidate, which competes again with the winner or with itself.
             filled = [slot + slot[-1:] * (most - len(slot)) for slot in slots]
-            tables.append(torch.tensor(filled, dtype=torch.int64, device=device).view(-1, most).T)
+            table = torch.tensor(filled, dtype=torch.int64, device="cpu").view(-1, most).T
+            # Neither this copy nor the others here make the host wait.
+            tables.append(table.to(device, non_blocking=True))
     return tables, after
 
 
@@ -166,6 +166,8 @@ def keep(system: Cascade, counts: tuple[int, ...], seen: int, score: Tensor) -> 
         counts.
     """
     tokens = score.shape[-1] - sum(counts)
+    if tokens == 1:
+        return keep_in_rows(system, counts, (seen,), score)
     tables, after = _plan(system, counts, system.phase(seen), tokens, score.device)
     columns = torch.arange(score.shape[-1], device=score.device).expand(score.shape)
     *held, arrived = columns.split([counts[0], *reversed(counts[1:]), tokens], dim=-1)
@@ -180,6 +182,53 @@ def keep(system: Cascade, counts: tuple[int, ...], seen: int, score: Tensor) -> 
         arrived, cache = cache[..., :passed], cache[..., passed:]
         kept.append(cache)
     return torch.cat([sinks, *reversed(kept)], dim=-1), after
+
+
+@functools.lru_cache(maxsize=4096)
+def _rivals(system: Cascade, counts: tuple[int, ...], seen: int) -> tuple[tuple[int, int] | None, tuple[int, ...]]:
+    """The columns of the two pairs that compete when one token arrives, and the new counts.
+
+    The columns are equal if a pair is dropped without competing. None if all stay.
+    """
+    levels, after = system.plan(counts, seen, 1)
+    # From the newest sub-cache on, whose pairs are next to the new token, to older ones.
+    arrival, stop = sum(counts), sum(counts)
+    for slots, held in zip(levels, counts[1:], strict=True):
+        if not slots:
+            return None, after
+        if len(slots[-1]) > 1:
+            return (stop - 1, arrival), after
+        arrival = stop = stop - held
+    return (None if sum(after) > sum(counts) else (arrival, arrival)), after
+
+
+def keep_in_rows(
+    system: Cascade, counts: tuple[int, ...], seen: Sequence[int], score: Tensor
+) -> tuple[Tensor, tuple[int, ...]]:
+    """:func:`keep` for one new token in each of several rows.
+
+    Args:
+        system: as in :func:`keep`.
+        counts: those of each row, which must also have equal new counts.
+        seen: number of earlier tokens of each row; one number for all.
+        score: (B, H, M).
+    """
+    found = [_rivals(system, counts, system.phase(tokens)) for tokens in seen]
+    columns, after = torch.arange(sum(found[0][1]), device=score.device), found[0][1]
+    pairs = [pair for pair, _ in found if pair is not None]
+    if not pairs:
+        return columns.expand(*score.shape[:2], -1), after
+    rivals = _on_device(tuple(zip(*pairs, strict=True)), score.device)
+    first, second = (numbers.view(-1, 1, 1).expand(*score.shape[:2], 1) for numbers in rivals)
+    dropped = torch.where(score.gather(-1, second) >= score.gather(-1, first), first, second)
+    return columns + (columns >= dropped), after
+
+
+@functools.lru_cache(maxsize=64)
+def _on_device(numbers: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """A table, copied once for all layers."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, device="cpu").to(device, non_blocking=True)
 
 
 def _winners(rivals: Tensor, score: Tensor, table: Tensor) -> Tensor:
@@ -202,8 +251,8 @@ class CascadeStream(Stream):
         self.seen, self.stride = 0, system.stride
         self.counts = system.empty
         self._pairs = 0
-        # How many more tokens each row has seen, (B, 1, 1): only while rows attend together.
-        self._further: Tensor | int = 0
+        # The tokens that each row has seen: only while rows of unequal lengths attend together.
+        self._of_rows: tuple[int, ...] = ()
         self._pair: Pair | None = None
         # Scores (B, H, n), and the attention (B, H, G, M) from the queries of the current stride so far.
         self._score: Tensor | None = None
@@ -244,13 +293,14 @@ class CascadeStream(Stream):
     def attend_rows(
         cls, streams: Sequence[Stream], query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor | None:
-        """See :class:`Stream`. Rows of an answer that hold equally many pairs, and accept the same, attend together."""
+        """See :class:`Stream`. Rows of an answer that hold equally many pairs, before and after, attend together."""
         rows = [stream for stream in streams if isinstance(stream, cls)]
         if any(row.stride > 1 or row._score is None for row in rows):
             return None
-        alike: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        alike: dict[tuple[tuple[int, ...], ...], list[int]] = {}
         for index, row in enumerate(rows):
-            alike.setdefault((row.counts, row.system.phase(row.seen)), []).append(index)
+            after = _rivals(row.system, row.counts, row.system.phase(row.seen))[1]
+            alike.setdefault((row.counts, after), []).append(index)
         output = torch.empty_like(query)
         for indices in alike.values():
             some = [rows[index] for index in indices]
@@ -268,7 +318,9 @@ class CascadeStream(Stream):
     def _attend_stride(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """:meth:`attend` for tokens of one stride."""
         count, beta = key.shape[2], self.system.beta
-        positions = self.seen + self._further + torch.arange(count, device=key.device)
+        positions = self.seen + torch.arange(count, device=key.device)
+        if self._of_rows:
+            positions = _on_device((self._of_rows,), key.device).view(-1, 1, 1)
         new = self.rotary.unrotate(key, positions).to(key.dtype), value
         # Always copies, because the given tensors may be views of larger ones.
         self._pair = joined(self._pair or (key[:, :, :0], value[:, :, :0]), new)
@@ -292,7 +344,10 @@ class CascadeStream(Stream):
         score = self._gain.amax(dim=2) if self.system.reduce == "max" else self._gain.mean(dim=2)
         if self._score is not None:
             score = score + pad(self._score * self.system.beta**tokens, (0, score.shape[-1] - held))
-        kept, self.counts = keep(self.system, self.counts, self.seen - tokens, score)
+        if self._of_rows:
+            kept, self.counts = keep_in_rows(self.system, self.counts, self._of_rows, score)
+        else:
+            kept, self.counts = keep(self.system, self.counts, self.seen - tokens, score)
         self._pair = gather_kept(self._pair[0], kept), gather_kept(self._pair[1], kept)
         self._score, self._gain = score.gather(-1, kept), None
 
@@ -308,7 +363,7 @@ class CascadeStream(Stream):
 
 
 def _together(rows: Sequence[CascadeStream], query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """:meth:`CascadeStream.attend` for one token of an answer in each of several rows, which are in the same phase."""
+    """:meth:`CascadeStream.attend` for one token of an answer in each of several rows, which hold equally many pairs."""
     if len(rows) == 1:
         return rows[0].attend(query, key, value, scale)
     first, pairs, scores = rows[0], [], []
@@ -319,9 +374,7 @@ def _together(rows: Sequence[CascadeStream], query: Tensor, key: Tensor, value: 
         scores.append(row._score)
     one = CascadeStream(first.system, first.place)
     one.seen, one.stride, one.counts = first.seen, first.stride, first.counts
-    one._further = (
-        torch.tensor([row.seen - first.seen for row in rows]).view(-1, 1, 1).to(key.device, non_blocking=True)
-    )
+    one._of_rows = tuple(row.seen for row in rows)
     keys, values = zip(*pairs, strict=True)
     one._pair, one._score = (torch.cat(keys), torch.cat(values)), torch.cat(scores)
     output = one.attend(query, key, value, scale)
@@ -330,34 +383,3 @@ def _together(rows: Sequence[CascadeStream], query: Tensor, key: Tensor, value: 
         row._pair, row._score, row.counts, row.seen = (own_key, own_value), score, one.counts, row.seen + 1
         row._pairs, row._peak = row._pairs + one._pairs, max(row._peak, one._peak // len(rows))
     return output
-
-
-def attention_and_sums(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, weights: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Causal attention of the last N of M positions, and the attention that each key received.
-
-    Args:
-        query: (B, H, G, N, D).
-        key: (B, H, M, D).
-        value: (B, H, M, D).
-        scale: factor of the attention logits.
-        weights: (N,), the weight of each query in the sums.
-
-    Returns:
-        (B, H, G, N, D), and weighted sums of probabilities over queries (B, H, G, M), at least float32, detached.
-    """
-    count, keys = query.shape[3], key.shape[2]
-    exact = torch.promote_types(query.dtype, torch.float32)
-    rows = max(1, _PROBABILITIES // (query.shape[:3].numel() * keys))
-    places = torch.arange(keys, device=key.device)
-    outputs, sums = [], torch.zeros(*query.shape[:3], keys, dtype=exact, device=key.device)
-    across = key.to(exact).transpose(2, 3)
-    for start in range(0, count, rows):
-        some = query[:, :, :, start : start + rows].to(exact)
-        logits = (some.flatten(2, 3) @ across).unflatten(2, some.shape[2:4]) * scale
-        hidden = places > places[keys - count + start : keys - count + start + rows, None]
-        shares = logits.masked_fill(hidden, float("-inf")).softmax(dim=-1)
-        sums += torch.einsum("n,bhgnm->bhgm", weights[start : start + rows].to(exact), shares.detach())
-        outputs.append((shares.to(value.dtype).flatten(2, 3) @ value).unflatten(2, some.shape[2:4]))
-    return torch.cat(outputs, dim=3), sums

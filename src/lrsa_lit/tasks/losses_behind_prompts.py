@@ -88,11 +88,16 @@ def _losses(model: Any, answers: Tensor, labels: Tensor, cache: LRSACache, logit
     # The last token of a shorter answer predicts nothing, so it is masked like padding.
     mask = torch.cat([seen, (answers[:, 1:] != IGNORE_INDEX).to(seen)], dim=1)
     system, count, start = cache.config.system, given.shape[1], seen.shape[1]
-    for call in torch.arange(count, device=given.device).split(1 if system and system.answers_by_token else count):
-        first, stop = int(call[0]), int(call[-1]) + 1
-        inputs = {"input_ids": given[:, first:stop].clamp(min=0), "attention_mask": mask[:, : start + stop]}
-        inputs |= cache_argument(model, cache)
-        losses = losses + losses_of_rows(model, wanted[:, first:stop], call - first, **inputs, use_cache=True)
+    columns = torch.arange(count, device=given.device)
+    by_token = system is not None and system.answers_by_token
+    for first in range(0, count, 1 if by_token else count):
+        stop = first + 1 if by_token else count
+        inputs = {"input_ids": given[:, first:stop].clamp(min=0), **cache_argument(model, cache)}
+        if not by_token:
+            # Token by token, what comes after an answer makes no difference, and all rows attend together.
+            inputs["attention_mask"] = mask[:, : start + stop]
+        wanted_now, positions = wanted[:, first:stop], columns[: stop - first]
+        losses = losses + losses_of_rows(model, wanted_now, positions, **inputs, use_cache=True)
     return losses
 
 
