@@ -22,6 +22,7 @@ from lrsa_lit.ops.sparse_attention.compressors import gather_kept
 from lrsa_lit.systems.received_attention import attention_and_sums
 from lrsa_lit.systems.system import Head, Place, System
 
+
 @dataclass(frozen=True)
 class Cascade(System):
     """Cascading KV cache (arXiv 2406.17808), for inference only, because what it keeps depends on the attention.
@@ -363,7 +364,7 @@ class CascadeStream(Stream):
 
 
 def _together(rows: Sequence[CascadeStream], query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """:meth:`CascadeStream.attend` for one token of an answer in each of several rows, which hold equally many pairs."""
+    """:meth:`CascadeStream.attend` for one token of an answer in each of several rows that hold equally many pairs."""
     if len(rows) == 1:
         return rows[0].attend(query, key, value, scale)
     first, pairs, scores = rows[0], [], []

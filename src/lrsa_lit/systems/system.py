@@ -97,9 +97,8 @@ class System(FromSettings, ABC):
         needs_whole_prompt: whether a prompt must come in one call.
         graphable: whether the parts of its streams are KeyValueStreams after the prompt, so that single tokens can be
             decoded by a CUDA graph. Unless ``rows_differ``, they are equally full in all layers.
-        answers_by_token: whether answers must come token by token, because the attention of a token depends on the other
-            tokens of the same call, or should, because the system processes them one by one and only then all rows
-            together.
+        answers_by_token: whether answers should come token by token, because the attention of a token depends on the
+            other tokens of the same call, or because only single tokens of all rows attend together.
         rotates_by_slot: whether keys and queries are rotated by the slots of the cache instead of their positions.
         rows_differ: whether rows of a batch, layers and heads may hold different numbers of pairs after the prompt, so
             that each row needs its own stream.
