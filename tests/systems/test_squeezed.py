@@ -9,7 +9,7 @@ from helpers import refused
 
 from lrsa_lit.attention import LRSACache, LRSAConfig, cache_argument, prefill, using
 from lrsa_lit.systems import Place, SqueezedAttention
-from lrsa_lit.systems.squeezed import Level
+from lrsa_lit.systems.clusters import Level
 
 RECORDED = json.loads((Path(__file__).parents[1] / "vectors/systems/squeezed.json").read_text())
 KEYS, OBSERVED, USER = (torch.tensor(RECORDED["inputs"][name]).double() for name in ("keys", "q_obs", "q_user"))
@@ -115,6 +115,32 @@ def test_a_prompt_of_observed_tokens_alone_is_read_whole(model, ids):
         dense = model(torch.cat([prompt, more], dim=1)).logits[:, 6:]
     found = logits_of(model, SqueezedAttention(0.9, observed=6), prompt, more)
     torch.testing.assert_close(found, dense, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("pads", [(0, 8, 3, 16), (0, 4, 25, 35)], ids=["indexed", "some without an index"])
+@pytest.mark.parametrize("coarse", [None, 0.1])
+def test_rows_of_unequal_lengths_answer_together_as_each_does_alone(coarse, pads, model, ids, monkeypatch):
+    """Each reads what it reads alone, also where their memory is full or another turn comes in between."""
+    monkeypatch.setattr("lrsa_lit.systems.squeezed_rows._ROOM", 2)
+    system = SqueezedAttention(0.6, observed=6, clusters=0.3, coarse=coarse)
+    prompt, answer = ids(4, 40), ids(4, 9)
+    mask = (torch.arange(40) >= torch.tensor(pads)[:, None]).long()
+
+    def said(rows, prompt, mask):
+        cache, logits = LRSACache.of(model), []
+        prefill(model, prompt * mask, cache, attention_mask=mask)
+        cache.end_prompt()
+        for tokens in answer[rows].split([1, 1, 1, 2, 1, 1, 1, 1], dim=1):
+            logits.append(model(tokens, use_cache=True, **cache_argument(model, cache)).logits)
+        return torch.cat(logits, dim=1), cache.measured(len(mask))
+
+    with using(model, LRSAConfig(system=system, dense_layers=(1,))), torch.no_grad():
+        together, measured = said(slice(None), prompt, mask)
+        for row, begin in enumerate(pads):
+            own = slice(row, row + 1)
+            alone, (cost,) = said(own, prompt[own, begin:], mask[own, begin:])
+            torch.testing.assert_close(together[own], alone, rtol=0, atol=1e-8)
+            assert measured[row] == pytest.approx(cost)
 
 
 @pytest.mark.parametrize(

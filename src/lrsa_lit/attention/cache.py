@@ -23,7 +23,7 @@ from lrsa_lit.attention.rotation import layers_of
 from lrsa_lit.attention.stock import Lease, lease
 from lrsa_lit.attention.weights_digest import weights_digest
 from lrsa_lit.errors import UserError
-from lrsa_lit.ops.sparse_attention import Impl, Stream
+from lrsa_lit.ops.sparse_attention import Impl, Stream, fetch_numbers
 
 
 class LRSACache(Cache):
@@ -179,6 +179,7 @@ class LRSACache(Cache):
 
     def measured(self, rows: int) -> list[Measured]:
         """For each of the first ``rows`` rows, the cost of its past in all layers, and the cost of a dense cache."""
+        fetch_numbers([stream for layer in self.layers for stream in layer.streams])
         # Rows that share their streams cost the same.
         apart = rows if any(len(layer.streams) > 1 for layer in self.layers) else 1
         return [self._measured(row) for row in range(apart)] * (rows // apart)

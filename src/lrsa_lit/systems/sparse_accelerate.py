@@ -8,7 +8,7 @@ Dimensions: B batch, H key-value heads, G query heads of each, T tokens of a pro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from lrsa_lit.bounds import check_setting, is_integer
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sdpa import sdpa
-from lrsa_lit.ops.sparse_attention import Impl, KeyValueStream, Stream
+from lrsa_lit.ops.sparse_attention import Impl, KeyValueStream, Stream, fetch_numbers
 from lrsa_lit.systems.system import Place, System
 
 PATTERNS = ("triangular", "interval_slash", "block_cluster")
@@ -96,12 +96,22 @@ class MaskedPromptStream(KeyValueStream):
         self.system = system
         self.patterns: Tensor | None = None
         self.attended: Tensor | None = None
-        self._ended = False
+        self._ended, self._pairs = False, 0.0
 
     @property
     def attended_pairs(self) -> float:
         """The pairs of the prompt."""
-        return super().attended_pairs if self.attended is None else float(self.attended.double().mean())
+        fetch_numbers([self])
+        return super().attended_pairs if self.attended is None else self._pairs
+
+    @property
+    def on_device(self) -> list[Tensor]:
+        """See :class:`Stream`."""
+        return [] if self.attended is None or self._pairs else [self.attended.double().mean()]
+
+    def fetched(self, numbers: Sequence[float]) -> None:
+        """See :class:`Stream`."""
+        (self._pairs,) = numbers
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """As in :class:`Stream`; a UserError if a prompt comes in several calls."""

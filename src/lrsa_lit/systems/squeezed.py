@@ -7,53 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lrsa_lit.bounds import check_setting, is_integer, is_weight
 from lrsa_lit.ops.sdpa import sdpa
-from lrsa_lit.ops.sparse_attention import Impl, KeyValueStream, Stream
+from lrsa_lit.ops.sparse_attention import Impl, KeyValueStream, Stream, fetch_numbers
 from lrsa_lit.ops.sparse_attention.clustering import cluster_labels, cluster_sums
 from lrsa_lit.ops.sparse_attention.compressors import gather_kept
+from lrsa_lit.systems.clusters import Level
+from lrsa_lit.systems.squeezed_rows import RowsTogether, looked_up_of
 from lrsa_lit.systems.system import Place, System
 
 _NUMBERS = 1 << 26
 """The most numbers in the keys of layers that are clustered at once."""
-
-
-class Level(NamedTuple):
-    """A clustering of keys.
-
-    Attributes:
-        labels: (B, H, n) int64, each key's cluster.
-        centroids: (B, H, K, D), means of the raw keys; zeros for an empty cluster.
-    """
-
-    labels: Tensor
-    centroids: Tensor
-
-    def member_probabilities(self, query: Tensor, scale: float, alive: Tensor | None = None) -> Tensor:
-        """(B, H, n): the estimated attention to each key, mean over queries and group.
-
-        Args:
-            query: (B, H, G, N, D).
-            scale: factor of the scores.
-            alive: (B, H, n) bool, the keys that count; None counts all.
-        """
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        present = torch.ones_like(self.labels, dtype=dtype) if alive is None else alive.to(dtype)
-        counts = torch.zeros_like(self.centroids[..., 0], dtype=dtype).scatter_add(2, self.labels, present)
-        logits = query.to(dtype) @ self.centroids.to(dtype)[:, :, None].mT * scale
-        # A cluster without keys may have the highest logit, and all others could round to 0.
-        logits = logits.masked_fill((counts == 0)[:, :, None, None], -torch.inf)
-        most = logits.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(dtype).min)
-        weights = (logits - most).exp()  # (B, H, G, N, K)
-        total = (weights * counts[:, :, None, None]).sum(dim=-1, keepdim=True)
-        # If no key is left, nothing is read, whatever the threshold.
-        of_clusters = torch.where(total > 0, weights / total.clamp(min=torch.finfo(dtype).tiny), -1.0)
-        return of_clusters.mean(dim=(2, 3)).gather(2, self.labels)
 
 
 def labels_of(keys: Tensor, count: int, iterations: int) -> Tensor:
@@ -187,8 +156,14 @@ class SqueezedStream(KeyValueStream):
         self.reads: list[Tensor] = []
         self._waiting: Tensor | None = None
         self._scale = 1.0
-        # Numbers on the device, so that the host need not wait for them at each token.
-        self._unread: Tensor | float = 0.0
+        self._together: RowsTogether | None = None
+        # Of each call with several tokens after the prompt, how many clustered keys they have not read. Numbers on the
+        # device, so that the host need not wait for them in each call.
+        self._unread: list[Tensor] = []
+        # Sums that the host has fetched, and of how many numbers.
+        self._fetched, self._of = (0.0, 0.0), (0, 0)
+        # The pairs that the tokens of the reads would have read in dense attention.
+        self._dense = 0
 
     @property
     def nbytes(self) -> int:
@@ -200,15 +175,55 @@ class SqueezedStream(KeyValueStream):
     @property
     def attended_pairs(self) -> float:
         """The dense pairs without the clustered keys that tokens after the prompt have not read."""
-        return super().attended_pairs - float(self._unread)
+        fetch_numbers([self])
+        unread, read = self._fetched
+        of_tokens = self._dense + len(self.reads) * looked_up_of(self.levels or ()) - read
+        return super().attended_pairs - unread - of_tokens
 
     @property
     def read_share(self) -> float | None:
         """Mean over the heads and over the single tokens after the prompt."""
         if not self.reads:
             return None
-        dense = range(self.seen - len(self.reads) + 1, self.seen + 1)
-        return float(torch.stack(self.reads).double().mean(dim=(1, 2)).sum()) / sum(dense)
+        fetch_numbers([self])
+        return self._fetched[1] / self._dense
+
+    @property
+    def on_device(self) -> list[Tensor]:
+        """See :class:`Stream`."""
+        if self._of == (len(self._unread), len(self.reads)):
+            return []
+        parts = self._unread or [self.thresholds[0].new_zeros(())], self.reads or [self.thresholds[0].new_zeros(1, 1)]
+        unread, reads = (torch.stack(part).double() for part in parts)
+        return [unread.sum(), reads.mean(dim=(1, 2)).sum()]
+
+    def fetched(self, numbers: Sequence[float]) -> None:
+        """See :class:`Stream`."""
+        unread, read = numbers
+        self._fetched, self._of = (unread, read), (len(self._unread), len(self.reads))
+
+    @classmethod
+    def attend_rows(
+        cls, streams: Sequence[Stream], query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor | None:
+        """See :class:`Stream`. Rows with an index attend together."""
+        rows = [stream for stream in streams if isinstance(stream, cls)]
+        if torch.is_grad_enabled() or not all(row.levels for row in rows):
+            return None
+        memory, buffers = rows[0]._together, [row.buffer for row in rows]
+        if memory is None or not memory.holds(buffers):
+            memory = RowsTogether([row.levels or () for row in rows], [row.thresholds for row in rows], buffers)
+        output, reads = memory.attend(query, key, value, scale)
+        for row, read in zip(rows, reads.split(1), strict=True):
+            row._together = memory
+            row.count(1)
+            row._note(read)
+        return output
+
+    def _note(self, read: Tensor) -> None:
+        """Note the pairs (B, H) that a token, which has been counted, has read."""
+        self.reads.append(read)
+        self._dense += self.seen
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """See :class:`Stream`."""
@@ -255,7 +270,7 @@ class SqueezedStream(KeyValueStream):
     def rows(self, indices: Tensor) -> SqueezedStream:
         """See :class:`Stream`."""
         other = SqueezedStream(self.system, self.impl)
-        other.seen, other._scale, other._unread = self.seen, self._scale, self._unread
+        other.seen, other._scale, other._dense, other._unread = self.seen, self._scale, self._dense, list(self._unread)
         other._store = None if self._store is None else self._store.rows(indices)
         other._waiting = None if self._waiting is None else self._waiting[indices]
         if self.levels is not None:
@@ -267,20 +282,21 @@ class SqueezedStream(KeyValueStream):
     def _attend_squeezed(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Exact attention (B, H, G, N, D) over the clustered keys that are read, the unclustered ones and new ones."""
         chosen, count = self.lookup(query, scale), query.shape[3]
-        self._unread = self._unread + count * (~chosen).sum(dim=-1).double().mean()
-        # A list of what is read, not a mask, so that time falls with the share. Its length makes the host wait.
-        most = int(chosen.sum(dim=-1).max())
-        listed = chosen.sort(dim=-1, descending=True, stable=True).indices[..., :most]
         split = chosen.shape[2]
-        keys, values = (
-            torch.cat([gather_kept(rows[:, :, :split], listed), rows[:, :, split:]], dim=2) for rows in (key, value)
-        )
         always = chosen.new_ones(*chosen.shape[:2], key.shape[2] - split)
-        read = torch.cat([chosen.gather(2, listed), always], dim=2)
-        causal = torch.ones(count, read.shape[2], dtype=torch.bool, device=key.device).tril(read.shape[2] - count)
         if count == 1:
-            looked_up = sum(level.centroids.shape[2] for level in self.levels or ()) / 2
-            self.reads.append(read.sum(dim=-1) + looked_up)
+            # A list of what is read, not a mask, so that time falls with the share. Its length makes the host wait.
+            most = int(chosen.sum(dim=-1).max())
+            listed = chosen.sort(dim=-1, descending=True, stable=True).indices[..., :most]
+            key, value = (
+                torch.cat([gather_kept(rows[:, :, :split], listed), rows[:, :, split:]], dim=2) for rows in (key, value)
+            )
+            read = torch.cat([chosen.gather(2, listed), always], dim=2)
+            self._note(read.sum(dim=-1) + looked_up_of(self.levels or ()))
+        else:
+            read = torch.cat([chosen, always], dim=2)
+            self._unread.append(count * (~chosen).sum(dim=-1).double().mean())
+        causal = torch.ones(count, read.shape[2], dtype=torch.bool, device=key.device).tril(read.shape[2] - count)
         visible = (read[:, :, None] & causal).repeat(1, 1, query.shape[2], 1)
         rows = query.flatten(2, 3)
-        return sdpa(rows, keys, values, mask=visible, scale=scale).reshape(query.shape)
+        return sdpa(rows, key, value, mask=visible, scale=scale).reshape(query.shape)

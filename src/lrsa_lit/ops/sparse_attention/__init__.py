@@ -1,6 +1,6 @@
 """Lag-relative sparse attention as a pure PyTorch operator; see README.md here for the maths."""
 
-from lrsa_lit.ops.sparse_attention.abstract_stream import Stream
+from lrsa_lit.ops.sparse_attention.abstract_stream import Stream, fetch_numbers
 from lrsa_lit.ops.sparse_attention.api import (
     Choice,
     Impl,
@@ -99,6 +99,7 @@ __all__ = [
     "choice",
     "compressed_at",
     "dense_attention",
+    "fetch_numbers",
     "implementation",
     "is_traceable",
     "most_window_rows",

@@ -80,6 +80,14 @@ class Stream(ABC):
         """
         return None
 
+    @property
+    def on_device(self) -> list[Tensor]:
+        """Numbers that other properties need and the host has not fetched yet, of one device."""
+        return []
+
+    def fetched(self, numbers: Sequence[float]) -> None:  # noqa: B027 - most streams have no such numbers
+        """Take what :func:`fetch_numbers` has fetched of :attr:`on_device`."""
+
     @abstractmethod
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Store N new tokens and return the attention of their queries.
@@ -103,3 +111,15 @@ class Stream(ABC):
     @abstractmethod
     def rows(self, indices: Tensor) -> Stream:
         """A stream of the batch rows ``indices``, which may repeat (beam search, splitting a batch)."""
+
+
+def fetch_numbers(streams: Sequence[Stream]) -> None:
+    """Fetch the numbers that streams have on their devices; the host waits once for each device."""
+    waiting: dict[torch.device, list[tuple[Stream, list[Tensor]]]] = {}
+    for stream in streams:
+        if numbers := stream.on_device:
+            waiting.setdefault(numbers[0].device, []).append((stream, numbers))
+    for some in waiting.values():
+        values = iter(torch.stack([number for _, numbers in some for number in numbers]).tolist())
+        for stream, numbers in some:
+            stream.fetched([next(values) for _ in numbers])
