@@ -19,6 +19,13 @@ SYSTEM = SparseAccelerate(
 )  # fmt: skip
 
 
+@pytest.fixture(params=[16, 5], ids=["at once", "in parts"])
+def of_queries(request, monkeypatch):
+    """How many queries of the recorded prompt have masks at a time."""
+    monkeypatch.setattr("lrsa_lit.systems.sparse_accelerate._NUMBERS", 2 * 16 * request.param)
+
+
+@pytest.mark.usefixtures("of_queries")
 def test_recalls_are_the_recorded_ones():
     found = Masks(SYSTEM, QUERY[None, :, None], KEY[None], 0.5).recalls()[:, 0, :, 0]
     for head, expected in enumerate(RECORDED["expected"]):
@@ -26,6 +33,7 @@ def test_recalls_are_the_recorded_ones():
         assert found[:, head].tolist() == pytest.approx(wanted, abs=1e-7)
 
 
+@pytest.mark.usefixtures("of_queries")
 def test_each_head_attends_through_its_pattern():
     stream = SYSTEM.stream(Place(0), "eager")
     output = stream.attend(QUERY[None], KEY[None], KEY[None], 0.5)

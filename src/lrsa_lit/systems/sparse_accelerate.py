@@ -24,8 +24,8 @@ from lrsa_lit.systems.system import Place, System
 
 PATTERNS = ("triangular", "interval_slash", "block_cluster")
 
-_QUERIES = 512
-"""The most queries whose masks are in memory at a time."""
+_NUMBERS = 1 << 26
+"""The most numbers in a mask, or probabilities, in memory at a time: fewer parts cost the host less."""
 
 Mask = Callable[[Tensor], Tensor]
 """From the indices (N,) of queries to their mask, bool, broadcastable to (B, H, G, N, T)."""
@@ -157,6 +157,7 @@ class Masks:
         self.query, self.key = query.to(dtype), key.to(dtype)
         self.tokens = key.shape[2]
         self.places = torch.arange(self.tokens, device=key.device)
+        self.at_once = max(1, _NUMBERS // (query.shape[:3].numel() * self.tokens))
         self.masks: list[Mask] = [self._triangular, self._interval_slash(), self._block_cluster()]
 
     def best(self) -> Tensor:
@@ -167,7 +168,7 @@ class Masks:
         """(3, B, H, G): the dense probability within each pattern, mean over queries."""
         first = self.system.recall_from if self.system.recall_from < self.tokens else self.tokens // 2
         total = self.query.new_zeros(len(PATTERNS), *self.query.shape[:3])
-        for numbers in self.places[first:].split(_QUERIES):
+        for numbers in self.places[first:].split(self.at_once):
             probabilities = self._probabilities(numbers)
             for pattern, mask in enumerate(self.masks):
                 total[pattern] += (probabilities * mask(numbers)).sum(dim=(-2, -1))
@@ -177,10 +178,11 @@ class Masks:
         """Attention (B, H, G, T, D) through the pattern of each head, and the pairs (B, H, G) that it attends to."""
         outputs, pairs = [], torch.zeros_like(patterns)
         chosen = patterns[..., None, None]
-        for start, numbers in zip(range(0, self.tokens, _QUERIES), self.places.split(_QUERIES), strict=True):
-            seen = torch.stack([mask(numbers).expand(*patterns.shape, -1, -1) for mask in self.masks])
-            mask = torch.where(chosen == 0, seen[0], torch.where(chosen == 1, seen[1], seen[2]))
-            queries = self.query[:, :, :, start : start + _QUERIES]
+        for numbers, queries in zip(
+            self.places.split(self.at_once), self.query.split(self.at_once, dim=3), strict=True
+        ):
+            first, second, third = (mask(numbers) for mask in self.masks)
+            mask = torch.where(chosen == 0, first, torch.where(chosen == 1, second, third))
             keys, values = (rows[:, :, None].expand(-1, -1, patterns.shape[2], -1, -1) for rows in (self.key, value))
             outputs.append(sdpa(queries, keys, values.to(keys.dtype), mask=mask, scale=self.scale))
             pairs += mask.sum(dim=(-2, -1))
