@@ -21,7 +21,7 @@ from lrsa_lit.experiments.results import Line, Results, evaluation_lines, traini
 from lrsa_lit.experiments.study import Evaluation, Row, Settings, Study, Work, digest
 from lrsa_lit.paths import check_writable
 
-ATTENTIONS_AT_ONCE = 8
+ATTENTIONS_AT_ONCE = 4
 """Maximum number of attentions per command; a command that is stopped loses all its results."""
 
 

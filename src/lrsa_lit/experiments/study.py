@@ -238,8 +238,9 @@ class Study:
         return int(self.data_sets[data_set].get("max_new_tokens") or settings["model"].get("max_new_tokens") or 0)
 
     def named(self, patterns: Sequence[str]) -> list[str]:
-        """The names of inference attentions that match patterns with ``*`` as wildcard."""
-        return [name for pattern in patterns for name in fnmatch.filter(self.inference, pattern) or [pattern]]
+        """The names of inference attentions that match patterns with ``*`` as wildcard, once each, in their order."""
+        found = (name for pattern in patterns for name in fnmatch.filter(self.inference, pattern) or [pattern])
+        return list(dict.fromkeys(found))
 
     def rule(self, key: str, changes: Mapping[str, Any]) -> LRSAConfig:
         """The rule of ``model.lrsa`` with changes; errors name ``key``."""

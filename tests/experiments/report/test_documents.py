@@ -369,7 +369,8 @@ def test_perplexity_of_texts_is_by_tokens(tmp_path):
 def test_a_comparison_at_budgets_has_a_table_and_a_plot(study_file):
     half = "Kept-at-50-of-100"
     changes = {"inference": STUDY["inference"] | {half: {"top_k": 2}}}
-    parts = {"plain": {"rows": ["dense"], "inference": ["dense", half], "sets": ["plain"]}}
+    # What is evaluated first stays where it is in the study.
+    parts = {"plain": {"rows": ["dense"], "inference": [half, "dense"], "sets": ["plain"]}}
     study = open_study(str(tiny_study.write(study_file, **changes, parts=parts, bars={})))
     lines = evaluations(study, ("dense", "dense", 0.8), ("dense", half, 0.6))
     for line, held in zip(lines, (1.0, 0.5), strict=True):

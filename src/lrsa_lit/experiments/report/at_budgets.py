@@ -94,11 +94,13 @@ def write(study: Study, lines: Sequence[Line], folder: Path) -> list[Section]:
 def section_of(data_set: str, tables: Sequence[Table]) -> Section:
     """The results of a data set; ``tables`` are those of the parts that ask its questions, with or without a filter."""
     study = tables[0].study
+    places = {attention: place for place, attention in enumerate(study.inference)}
     shown: list[_Shown] = []
     others: list[_Shown] = []
     for table in tables:
         place = place_of(table.part, [cell.attention for cell in table.cells])
-        for cell in table.cells:
+        # A part may name first what is to be evaluated first.
+        for cell in sorted(table.cells, key=lambda cell: places.get(cell.attention, -1)):
             name, budget = place.attentions[cell.attention]
             has_filter = "filter" in study.data_set(table.data_set)["init_args"]
             holds_less = cell.attention == DENSE or budget is not None or has_filter

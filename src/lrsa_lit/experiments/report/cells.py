@@ -250,7 +250,7 @@ class Table:
     @property
     def attentions(self) -> list[str]:
         """The attentions of the part; "own" is left out if each row's own attention is also listed by name."""
-        names = list(dict.fromkeys(self.study.named(self.study.parts[self.part]["inference"])))
+        names = self.study.named(self.study.parts[self.part]["inference"])
         others = {self._digest(cell.row, name) for cell in self.cells[:1] for name in names if name != OWN}
         own = {self._digest(cell.row, OWN) for cell in self.cells if OWN in names}
         return [name for name in names if name != OWN] if own <= others else names
