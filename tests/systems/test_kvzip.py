@@ -45,7 +45,7 @@ def enabled(model):
         yield lambda **options: stack.enter_context(using(model, LRSAConfig(system=KVzip(**SMALL | options))))
 
 
-def recorded(queries):
+def recorded():
     given = vectors("kvzip")["inputs"]
     first, keys, second, own = (
         torch.tensor(given[name], dtype=torch.float64)[None]
@@ -56,10 +56,10 @@ def recorded(queries):
     yield repeat_scores(second, torch.cat([sinks, past[:, :, 7:]], dim=2), own, 2, 0.5)
 
 
-@pytest.mark.parametrize("queries", [1, 3, 256])
-def test_recorded_scores_and_the_pairs_that_stay(queries, monkeypatch):
-    monkeypatch.setattr(kvzip, "_QUERIES", queries)
-    found, expected = list(recorded(queries)), vectors("kvzip")["expected"]
+@pytest.mark.parametrize("probabilities", [1, 150, 1 << 26], ids=["of one query", "of a few", "of all"])
+def test_recorded_scores_and_the_pairs_that_stay(probabilities, monkeypatch):
+    monkeypatch.setattr(kvzip, "_PROBABILITIES", probabilities)
+    found, expected = list(recorded()), vectors("kvzip")["expected"]
     for scores, name in zip(found, ("scores_chunk_1", "scores_chunk_2"), strict=True):
         torch.testing.assert_close(scores[0], torch.tensor(expected[name], dtype=torch.float64), rtol=0, atol=1e-7)
     scores = torch.nn.functional.pad(torch.cat(found, dim=2), (2, 0), value=2.0)

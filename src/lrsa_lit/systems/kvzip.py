@@ -21,8 +21,8 @@ from lrsa_lit.systems.adakv import UnequalStream, highest_together
 from lrsa_lit.systems.one_shot import OneShot, Prompt, cut
 from lrsa_lit.systems.system import Encode, Place, Repeat
 
-_QUERIES = 256
-"""The most queries whose probabilities are in memory at a time."""
+_PROBABILITIES = 1 << 26
+"""The most probabilities in memory at a time."""
 _NAMED = 8
 """The number of tokens before a part that the instruction quotes, except for the first part."""
 
@@ -208,8 +208,9 @@ def repeat_scores(query: Tensor, key: Tensor, own: Tensor, sinks: int, scale: fl
     dtype = torch.promote_types(key.dtype, torch.float32)
     keys, past = torch.cat([key, own], dim=2).to(dtype), key.shape[2]
     most = keys.new_zeros(*key.shape[:2], past - sinks)
-    for start in range(0, own.shape[2], _QUERIES):
-        some = query[:, :, :, start : start + _QUERIES]
+    at_once = max(1, _PROBABILITIES // (query.shape[:3].numel() * keys.shape[2]))
+    for start in range(0, own.shape[2], at_once):
+        some = query[:, :, :, start : start + at_once]
         group, count = some.shape[2:4]
         logits = (some.flatten(2, 3).to(dtype) @ keys.mT * scale).unflatten(2, (group, count))
         hidden = logits.new_ones(count, keys.shape[2], dtype=torch.bool).triu(past + start + 1)

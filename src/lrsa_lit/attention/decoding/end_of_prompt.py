@@ -65,7 +65,8 @@ def repeat_prompt(
         return
     mask = torch.ones_like(prompts) if attention_mask is None else attention_mask
     of_rows = streams if len(streams) == len(prompts) else streams * len(prompts)
-    real = [row[kept == 1].tolist() for row, kept in zip(prompts, mask, strict=True)]
+    given = zip(prompts.tolist(), mask.tolist(), strict=True)
+    real = [[token for token, kept in zip(*row, strict=True) if kept == 1] for row in given]
     cutting = [system.cutting_before(tokens) for tokens in to_come or [0] * len(prompts)]
     repeats = [each.repeats(own, row, encode) for each, own, row in zip(cutting, of_rows, real, strict=True)]
     _check_positions(model, real, repeats)
@@ -83,10 +84,11 @@ def repeat_prompt(
 
 def _read(model: Any, cache: LRSACache, mask: Tensor, rows: Sequence[list[int]]) -> None:
     """One call with tokens after the prompts, padded on the right. Rows without tokens have pads only."""
-    tokens = [torch.tensor(row or [0], device=mask.device) for row in rows]
-    real = [torch.full((len(row) or 1,), int(bool(row)), dtype=mask.dtype, device=mask.device) for row in rows]
-    mask = torch.cat([mask, pad_sequence(real, batch_first=True)], dim=1)
-    ids = pad_sequence(tokens, batch_first=True)
+    tokens = [torch.tensor(row or [0], device="cpu") for row in rows]
+    real = [torch.full((len(row) or 1,), int(bool(row)), dtype=mask.dtype, device="cpu") for row in rows]
+    # One copy of each: the host waits for every copy.
+    ids, new = (pad_sequence(parts, batch_first=True).to(mask.device) for parts in (tokens, real))
+    mask = torch.cat([mask, new], dim=1)
     model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
 
 

@@ -90,7 +90,9 @@ def _pieces(ids: Tensor, mask: Tensor, ends: Sequence[Sequence[int]]) -> list[tu
     lengths = mask.sum(dim=1).tolist()
     if all(list(each) == lengths for each in ends):
         return [(ids, mask), *[(ids[:, :0], mask[:, :0]) for _ in ends]]
-    rows = [row[real == 1] for row, real in zip(ids, mask, strict=True)]
+    # Real tokens first. A bool index of each row would make the host wait for a GPU.
+    order = (mask != 1).sort(dim=1, stable=True).indices
+    rows = [row[:length] for row, length in zip(ids.gather(1, order), lengths, strict=True)]
     bounds = [[0] * len(rows), *ends, lengths]
     return [
         left_padded([row[start:stop] for row, start, stop in zip(rows, starts, stops, strict=True)])
