@@ -23,8 +23,9 @@ from lrsa_lit.ops.sparse_attention.triton.host_functions import Inputs
 TAGS = (torch.Tag.cudagraph_unsafe,)
 """Tags of operators that use the tables: these outlive a call, so CUDA graph trees must not recycle their memory."""
 
-TABLES = 64
-"""The number of geometries whose tables are cached."""
+TABLES = 1024
+"""The number of geometries whose tables are cached. All layers share them, so a layer's calls must fit: rows of unequal
+lengths that go one by one, or part by part through a prompt, have several each."""
 
 
 Firsts = int | tuple[int, ...]
@@ -109,7 +110,8 @@ def _table(build: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.lru_cache(maxsize=TABLES)
     def cached(geometry: Geometry, device: torch.device, *sizes: int) -> Tensor:
-        return build(geometry, *sizes).to(torch.int32).to(device)
+        # The host need not wait for the copy.
+        return build(geometry, *sizes).to(torch.int32).to(device, non_blocking=True)
 
     def lookup(geometry: Geometry, device: torch.device, *sizes: int) -> Tensor:
         table = cached(geometry, device, *sizes)
