@@ -72,6 +72,20 @@ def test_packed_sequences_get_what_each_gets_alone(rule):
     torch.testing.assert_close(*gradients)
 
 
+def test_places_make_no_difference_to_one_that_ignores_them(rule):
+    if not rule.compressor.ignores_place:
+        pytest.skip("it may depend on where a partition is")
+    _, key, value = drawn(rule, 6 * rule.lag_size)
+    pairs = [
+        x.unflatten(2, (3, 2 * rule.lag_size)).unflatten(3, (2, -1))[:, :, :, n] for n in (0, 1) for x in (key, value)
+    ]
+    found = [
+        rule.compressor.compress(Partitions(*pairs, rule.top_k, first, start=start, rotary=rule.rotary))
+        for first, start in ((0, 3), (5, 43))
+    ]
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 def test_rows_of_a_batch_get_what_each_gets_alone(rule):
     tensors = drawn(rule, 60, batch=3)
     together = sparse_attention(*tensors, rule)

@@ -12,6 +12,7 @@ from lrsa_lit.ops.sparse_attention import (
     Centroids,
     FreqPartition,
     KeyValueStream,
+    MeanPool,
     Partitions,
     Rotary,
     Rule,
@@ -19,7 +20,9 @@ from lrsa_lit.ops.sparse_attention import (
     sparse_attention,
     through_channels,
 )
-from lrsa_lit.ops.sparse_attention.slot_bias import narrow, with_bias
+from lrsa_lit.ops.sparse_attention.buffer import joined
+from lrsa_lit.ops.sparse_attention.selection import compact_buffer, compact_buffer_of_packed
+from lrsa_lit.ops.sparse_attention.slot_bias import CHANNELS, narrow, with_bias
 
 
 def vectors(name):
@@ -245,3 +248,17 @@ def test_rounds_are_counted(iterations):
         Centroids(iterations)
     with refused("weigh", "yes", "true or false"):
         Centroids(weigh="yes")
+
+
+@pytest.mark.parametrize("lengths", [[30, 4, 21, 9, 47], [4, 9]], ids=["long and short", "none compressed"])
+@pytest.mark.parametrize("compressor", [Centroids(), FreqPartition(), MeanPool()], ids=lambda each: type(each).__name__)
+def test_partitions_of_packed_rows_are_compressed_in_one_call(compressor, lengths):
+    """To the same pairs, in the same order, as sequence by sequence."""
+    rule = Rule(2, 6, 3, compressor=compressor, rotary=Rotary.plain(4))
+    bounds = [0, *itertools.accumulate(lengths)]
+    _, key, value = random_qkv(bounds[-1], dim=4)
+    if compressor.has_bias:
+        key, value = (torch.nn.functional.pad(tokens, (0, CHANNELS)) for tokens in (key, value))
+    parts = [slice(*bound) for bound in itertools.pairwise(bounds)]
+    expected = joined(*(compact_buffer(key[:, :, part], value[:, :, part], rule) for part in parts))
+    torch.testing.assert_close(compact_buffer_of_packed(key, value, rule, bounds), expected, rtol=0, atol=1e-12)

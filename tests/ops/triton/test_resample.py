@@ -46,11 +46,14 @@ def test_pairs_and_gradients(rotary, lag, kept, dtype):
 
 
 def test_the_operator_runs_it():
+    """With a gradient sequence by sequence, without one in one call."""
     *tensors, gradient = inputs(1, 2, 1, 45, 16)
     rule = Rule(2, 8, 3, compressor=FreqPartition(), rotary=Rotary.plain(16))
-    found = []
+    found, packed = [], {"cu_seqlens": torch.tensor([0, 20, 45])}
     for impl in ("triton", "eager"):
         leaves = [x.detach().requires_grad_() for x in tensors]
-        output = sparse_attention(*leaves, rule, impl=impl, cu_seqlens=torch.tensor([0, 20, 45]))
+        output = sparse_attention(*leaves, rule, impl=impl, **packed)
+        with torch.no_grad():
+            torch.testing.assert_close(sparse_attention(*leaves, rule, impl=impl, **packed), output)
         found.append([output, *torch.autograd.grad(output, leaves, gradient)])
     torch.testing.assert_close(*found, rtol=0, atol=1e-5)

@@ -25,6 +25,14 @@ def test_clusters_weigh_in_the_kernels_as_in_eager_pytorch(dtype):
         assert error <= CAP[dtype] * exact.square().mean().sqrt(), name
 
 
+def test_packed_sequences_are_clustered_in_one_call():
+    *tensors, _ = inputs(1, 2, 1, 100, 16)
+    packed = {"cu_seqlens": torch.tensor([0, 58, 60, 100])}
+    ours = sparse_attention(*tensors, RULE, impl="triton", **packed)
+    expected = sparse_attention(*(x.double() for x in tensors), RULE, impl="eager", **packed)
+    torch.testing.assert_close(ours.double(), expected, rtol=0, atol=1e-4)
+
+
 def test_a_stream_keeps_the_biases():
     *tensors, _ = inputs(1, 2, 1, 58, 16)
     stream = KeyValueStream(RULE, "triton")

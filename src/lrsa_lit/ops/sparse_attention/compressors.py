@@ -69,6 +69,8 @@ class Compressor(FromSettings, ABC):
         has_bias: whether it returns a third tensor: a bias (B, H, P, K), at least float32, that is added to the logits
             of each compact pair. Only for compressors that make new pairs; slot_bias.py states the cost.
         takes_scores: whether it chooses by scores that come with the keys, as extra channels (token_scores.py).
+        ignores_place: whether it ignores ``Partitions.first`` and ``start``, so that partitions of several sequences
+            can be compressed in one call.
     """
 
     kind: ClassVar[str] = "compressors"
@@ -76,6 +78,7 @@ class Compressor(FromSettings, ABC):
     needs_rotary: ClassVar[bool] = False
     has_bias: ClassVar[bool] = False
     takes_scores: ClassVar[bool] = False
+    ignores_place: ClassVar[bool] = False
 
     @abstractmethod
     def compress(self, partitions: Partitions) -> tuple[Tensor, ...]:
@@ -361,6 +364,8 @@ class Strided(Selector):
 @dataclass(frozen=True)
 class MeanPool(Compressor):
     """Average groups of L/K consecutive keys and values into K new pairs; the gradient reaches the whole group."""
+
+    ignores_place: ClassVar[bool] = True
 
     def compress(self, partitions: Partitions) -> tuple[Tensor, Tensor]:
         """Average the groups; token l belongs to group floor(l K / L), and group sizes differ by at most one."""

@@ -69,9 +69,7 @@ def partitions_of(
     key: Tensor, value: Tensor, rule: Rule, count: int, first: int = 0, next_query: Tensor | None = None
 ) -> Partitions:
     """Views of ``count`` partitions and their references; the arguments are those of :func:`compress`."""
-    if rule.compressor.needs_rotary and rule.rotary is None:
-        reason = "works on keys without their rotation, so the rule needs a Rotary; enabling LRSA on a model sets it"
-        raise UserError("compressor", type(rule.compressor).__name__, reason=reason)
+    _check_rotary(rule)
     stop, lag = (count + 1) * rule.lag_size, rule.lag_size
     keys, scores = bare_keys(key, value, rule.compressor), None
     if rule.compressor.takes_scores:
@@ -81,6 +79,12 @@ def partitions_of(
     pairs = keys[:, :, :-1], values[:, :, :-1], keys[:, :, 1:], values[:, :, 1:]
     start = rule.sink_size + first * rule.lag_size
     return Partitions(*pairs, rule.top_k, first, next_query, start, rule.rotary, scores)
+
+
+def _check_rotary(rule: Rule) -> None:
+    if rule.compressor.needs_rotary and rule.rotary is None:
+        reason = "works on keys without their rotation, so the rule needs a Rotary; enabling LRSA on a model sets it"
+        raise UserError("compressor", type(rule.compressor).__name__, reason=reason)
 
 
 def select_sequence(key: Tensor, value: Tensor, rule: Rule, query: Tensor | None = None) -> Selection:
@@ -181,3 +185,33 @@ def compress(
         compact = with_bias(*rule.compressor.compress(parts))
     compact_key, compact_value = compact
     return compact_key.flatten(2, 3), compact_value.flatten(2, 3)
+
+
+def compact_buffer_of_packed(
+    key: Tensor, value: Tensor, rule: Rule, boundaries: Sequence[int],
+    compress_by: Callable[[Partitions], tuple[Tensor, ...]] | None = None,
+) -> Pair:  # fmt: skip
+    """:func:`compact_buffer` of each sequence of a packed row, one after another, with one call of the compressor.
+
+    Only for a compressor that ignores where partitions are and needs no queries. ``compress_by`` replaces its
+    ``compress``.
+    """
+    _check_rotary(rule)
+    counts, sink, lag = partition_counts(boundaries, rule), rule.sink_size, rule.lag_size
+    compressed = [(start, count) for start, count in zip(boundaries[:-1], counts, strict=True) if count]
+    if not compressed:
+        return key[:, :, :0], value[:, :, :0]
+    starts = [start + sink + lag * number for start, count in compressed for number in range(count)]
+    # A copy that does not make the host wait.
+    own = torch.tensor(starts, device="cpu").to(key.device, non_blocking=True)[:, None]
+    own, bias = own + torch.arange(lag, device=key.device), rule.compressor.has_bias
+    keys, values = (narrow(tokens) if bias else tokens for tokens in (key, value))
+    pairs = keys[:, :, own], values[:, :, own], keys[:, :, own + lag], values[:, :, own + lag]
+    made = (compress_by or rule.compressor.compress)(Partitions(*pairs, rule.top_k, rotary=rule.rotary))
+    compact_key, compact_value = with_bias(*made) if bias else made
+    kept = (part.split([count for _, count in compressed], dim=2) for part in (compact_key, compact_value))
+    parts: list[Pair] = []
+    for (start, _), own_key, own_value in zip(compressed, *kept, strict=True):
+        sinks = slice(start, start + sink)
+        parts += [(key[:, :, sinks], value[:, :, sinks]), (own_key.flatten(2, 3), own_value.flatten(2, 3))]
+    return joined(*parts)

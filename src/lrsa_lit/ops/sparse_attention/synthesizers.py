@@ -28,6 +28,7 @@ class FreqPartition(Compressor):
     """
 
     needs_rotary: ClassVar[bool] = True
+    ignores_place: ClassVar[bool] = True
 
     def compress(self, partitions: Partitions) -> tuple[Tensor, Tensor]:
         """R(places) W R(tokens)^-1 keys, and W values, with the W of :func:`low_pass`."""
@@ -73,6 +74,7 @@ class Centroids(Compressor):
     """
 
     has_bias: ClassVar[bool] = True
+    ignores_place: ClassVar[bool] = True
 
     iterations: int = 10
     weigh: bool = True

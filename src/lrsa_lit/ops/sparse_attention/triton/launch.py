@@ -92,6 +92,9 @@ def _forward(
                     selection = in_pytorch.select(key, value, rule, boundaries, query)
                 ranks = ranks_of(selection.indices, geometry)
             compact = gather_compact(key, value, ranks, geometry)
+    elif rule.compressor.ignores_place and len(boundaries) > 2 and not _want_gradient(key, value):
+        by = compress_frequencies if type(rule.compressor) is FreqPartition else None
+        ranks, compact = None, in_pytorch.compact_buffer_of_packed(key, value, rule, boundaries, by)
     else:
         ranks = None
         rows = itertools.starmap(slice, itertools.pairwise(boundaries))
