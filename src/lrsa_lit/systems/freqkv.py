@@ -138,9 +138,11 @@ class FreqKV(System):
         queries = self._by_round(rotary.unrotate(query[:, :, begin:], places[begin:]))
         slots = places[self.first : begin]
         queries = rotary.rotate(queries, slots).to(query.dtype)
-        rotated = rotary.rotate(torch.cat(self._held(raw), dim=-2), places[self.sink_size : begin])
-        keys = self._behind_sinks(key, rotated)
-        values = self._behind_sinks(value, torch.cat(self._held(value), dim=-2))
+        # Keys and values together, because each round costs the host as much for both as for one.
+        held = torch.cat(self._held(torch.cat([raw, value.to(raw.dtype)], dim=1)), dim=-2)
+        held_keys, held_values = held.chunk(2, dim=2)
+        keys = self._behind_sinks(key, rotary.rotate(held_keys, places[self.sink_size : begin]))
+        values = self._behind_sinks(value, held_values)
         later = dense_attention(*(x.flatten(0, 1) for x in (queries, keys, values)), scale=scale)
         later = later.unflatten(0, (key.shape[0], -1)).transpose(1, 2).flatten(2, 3)
         return torch.cat([first, later[:, :, : tokens - begin]], dim=2)
@@ -152,7 +154,7 @@ class FreqKV(System):
         return rounds
 
     def _held(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The K compressed rows and the tokens of each round, (B, R, H, …, D), of unrotated keys or values."""
+        """The K compressed rows and the tokens of each round, (B, R, H, …, D), of unrotated keys and values."""
         tokens = self._by_round(x[:, :, self.capacity :])
         compact = [self.compress(x[:, :, self.sink_size : self.capacity])]
         for index in range(tokens.shape[1] - 1):
