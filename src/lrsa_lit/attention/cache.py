@@ -16,6 +16,7 @@ from lrsa_lit.attention.attached import base_of, enabled_state, given_or_stored,
 from lrsa_lit.attention.cache_file import Saved, read, refused, write
 from lrsa_lit.attention.cache_layer import LRSACacheLayer, Past
 from lrsa_lit.attention.config import LayerRules, LRSAConfig
+from lrsa_lit.attention.exact import without_autocast
 from lrsa_lit.attention.families import attention_modules
 from lrsa_lit.attention.layout import Layout
 from lrsa_lit.attention.measured import Measured, total
@@ -149,7 +150,7 @@ class LRSACache(Cache):
         if system is None:
             return
         cutting = [system] if to_come is None else [system.cutting_before(tokens) for tokens in to_come]
-        with self.changing():
+        with self.changing(), without_autocast():
             if system.rows_differ or any(each != cutting[0] for each in cutting):
                 # Dense layers too, because all layers must have the same number of streams.
                 for layer in self.layers:

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from lrsa_lit.attention.attached import base_of, cache_argument, cache_of_call, enabled_state
 from lrsa_lit.attention.cache import LRSACache
 from lrsa_lit.attention.decoding.step_memory import FilledLengths, GroupedMemory, LayerMemory, Places
+from lrsa_lit.attention.exact import without_autocast
 from lrsa_lit.attention.interface import CACHE, LAYOUT
 from lrsa_lit.attention.layout import Layout
 from lrsa_lit.errors import UserError
@@ -127,7 +128,8 @@ class Decoder:
         for parts in self._parts_of_rules:
             for row, stream in enumerate(streams[parts[0]]):
                 if stream.due:
-                    advance_together([streams[part][row] for part in parts])
+                    with without_autocast():
+                        advance_together([streams[part][row] for part in parts])
 
     def _fits(self, streams: Streams) -> bool:
         """Whether all streams are in the prepared memory, with room for the next token."""
