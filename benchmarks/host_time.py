@@ -4,7 +4,8 @@
 
 On a GPU, a call is timed without waiting for its kernels, against torch's own attention by cuDNN.
 Without a GPU, kernels are compiled for a Hopper GPU and a stand-in for Triton's driver launches nothing: this
-is the time of all Python code except the launcher's. Without replays, Triton binds the arguments of every launch.
+is the time of all Python code except the launcher's. Without replays, Python works out every launch, and Triton binds
+its arguments.
 Writes ``results/host_time.json``; a row that fails is written with the reason, and the exit code is then 1.
 """
 

@@ -340,7 +340,7 @@ def test_replays_run_on_the_current_stream_and_in_cuda_graphs(kernels):
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         stream.wait_stream(torch.cuda.default_stream())
-        for _ in range(2):
+        for _ in range(3):
             results = outcome(*case)
     stream.synchronize()
     assert_same_bits(results, expected[0])
@@ -360,7 +360,7 @@ def test_replays_run_on_the_current_stream_and_in_cuda_graphs(kernels):
 def test_devices_have_their_own_kernels(kernels):
     case = tensors(1025)
     expected = ordinarily(case)
-    for device in (0, 1, 0, 1):
+    for device in (0, 1, 0, 1, 0, 1):
         with torch.cuda.device(device):
             results = outcome(*(tensor.to(f"cuda:{device}") for tensor in case))
         assert_same_bits([result.cuda(0) for result in results], expected)

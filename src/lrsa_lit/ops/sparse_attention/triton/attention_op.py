@@ -21,6 +21,7 @@ from lrsa_lit.ops.sparse_attention.triton.fused_selection import fused_ranks
 from lrsa_lit.ops.sparse_attention.triton.gather_kernel import gather_compact
 from lrsa_lit.ops.sparse_attention.triton.host_functions import Inputs, Saved, positive_scale, with_rows
 from lrsa_lit.ops.sparse_attention.triton.key_gradient_kernel import attend_backward
+from lrsa_lit.ops.sparse_attention.triton.tape import taped
 from lrsa_lit.ops.sparse_attention.triton.work_tables import TAGS, Geometry, ranks_shape
 
 
@@ -35,16 +36,25 @@ class Attend(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         """Attend. There is no ``setup_context``, because it would inspect this method's signature at each call."""
         *tensors, ranks, ctx.geometry, ctx.scale = inputs
-        output, lse = attend_forward(Inputs(*tensors), ctx.geometry, ctx.scale)
+        output, lse = _attend(tensors, ctx.geometry, ctx.scale)
         ctx.save_for_backward(*tensors, output, lse, ranks)
         return output
 
     @staticmethod
     def backward(ctx: Any, output_grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the inputs of :meth:`forward`."""
-        *inputs, output, lse, ranks = ctx.saved_tensors
-        saved = Saved(Inputs(*inputs), output, lse)
-        return *attend_backward(saved, output_grad, ranks, ctx.geometry, ctx.scale), None, None, None
+        return *_differentiate_attend((output_grad, *ctx.saved_tensors), ctx.geometry, ctx.scale), None, None, None
+
+
+@taped
+def _attend(inputs: Sequence[Tensor], geometry: Geometry, scale: float) -> tuple[Tensor, Tensor]:
+    return attend_forward(Inputs(*inputs), geometry, scale)
+
+
+@taped
+def _differentiate_attend(tensors: Sequence[Tensor], geometry: Geometry, scale: float) -> tuple[Tensor | None, ...]:
+    output_grad, *inputs, output, lse, ranks = tensors
+    return attend_backward(Saved(Inputs(*inputs), output, lse), output_grad, ranks, geometry, scale)
 
 
 def traced_attention(

@@ -29,6 +29,7 @@ from lrsa_lit.ops.sparse_attention.triton.fused_selection import fused_ranks
 from lrsa_lit.ops.sparse_attention.triton.gather_kernel import gather_compact, ranks_of
 from lrsa_lit.ops.sparse_attention.triton.host_functions import Inputs, positive_scale
 from lrsa_lit.ops.sparse_attention.triton.resample_kernel import compress_frequencies
+from lrsa_lit.ops.sparse_attention.triton.tape import taped
 from lrsa_lit.ops.sparse_attention.triton.work_tables import Geometry, compact_rows, partition_starts, partitions
 
 __all__ = [
@@ -86,12 +87,13 @@ def _forward(
             code = kernel_code(rule.compressor.plain, rule.top_k)
             if selection is None and code is not None:
                 _check_windows(query, key, rule, geometry)
-                ranks, _ = fused_ranks(code, query, key, value, geometry)
+                ranks, compact_key, compact_value = _select_and_gather((query, key, value), code, geometry)
+                compact = compact_key, compact_value
             else:
                 if selection is None:
                     selection = in_pytorch.select(key, value, rule, boundaries, query)
                 ranks = ranks_of(selection.indices, geometry)
-            compact = gather_compact(key, value, ranks, geometry)
+                compact = gather_compact(key, value, ranks, geometry)
     elif rule.compressor.ignores_place and len(boundaries) > 2 and not _want_gradient(key, value):
         by = compress_frequencies if type(rule.compressor) is FreqPartition else None
         ranks, compact = None, in_pytorch.compact_buffer_of_packed(key, value, rule, boundaries, by)
@@ -105,6 +107,16 @@ def _forward(
             )
         )
     return _attend(Inputs(query, key, value, *compact), ranks, geometry, scale), (compact[0], compact[1])
+
+
+@taped
+def _select_and_gather(
+    tensors: Sequence[Tensor], code: tuple[float, ...], geometry: Geometry
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ranks, and the compact buffer, for queries, keys and values."""
+    query, key, value = tensors
+    ranks, _ = fused_ranks(code, query, key, value, geometry)
+    return ranks, *gather_compact(key, value, ranks, geometry)
 
 
 def _trains_choice(rule: Rule, *tensors: Tensor) -> bool:

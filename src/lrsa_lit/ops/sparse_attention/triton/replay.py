@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import operator
 import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from triton.runtime.jit import JITFunction
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention.triton.host_functions import triton_is_among
 
-__all__ = ["RAN_WITH", "REPLAYS_WITH", "VARIABLE", "Replayed", "replayed"]
+__all__ = ["RAN_WITH", "REPLAYS_WITH", "VARIABLE", "Launch", "Replayed", "is_watched", "replayed", "thread"]
 
 REPLAYS_WITH = ("3.6", "3.7", "3.8", "3.9")
 """Versions of Triton whose launchers take the arguments that :class:`Replayed` passes."""
@@ -88,8 +89,8 @@ class Replayed:
             kind = self._kinds[types]
         except KeyError:
             kind = self._kinds[types] = _kind_of(self.kernel, types)
-        if kind is None or _is_watched(self.kernel):
-            self.kernel[grid](*arguments, **options)
+        if kind is None or self.kernel.pre_run_hooks or is_watched():
+            self._bind(grid, arguments, options)
             return
         tensors = kind.pointers(arguments)
         addresses = list(map(Tensor.data_ptr, tensors))
@@ -98,7 +99,7 @@ class Replayed:
         address = functools.reduce(operator.or_, addresses, 0)
         integer = functools.reduce(operator.or_, kind.unspecialised(arguments), 0)
         if address % 16 or not 0 <= integer < 1 << 31:
-            self.kernel[grid](*arguments, **options)
+            self._bind(grid, arguments, options)
             return
         active = driver.active
         device = active.get_current_device()
@@ -113,17 +114,20 @@ class Replayed:
         )  # fmt: skip
         plan = kind.plans.get(key)
         if plan is None:
-            self._remember(kind, key, self.kernel[grid](*arguments, **options), options)
+            self._remember(kind, key, self._bind(grid, arguments, options), options)
             return
         values = list(arguments)
         for place, address in zip(kind.places, addresses, strict=True):
             values[place] = address
-        x, y, z = (*grid, 1, 1)[:3]
-        stream, compiled = active.get_current_stream(device), plan.kernel
-        # Without hooks, nobody reads the description of the launch.
-        plan.run(
-            x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *values, *plan.constants
-        )
+        plan.run(*plan.line(grid, active.get_current_stream(device), values))
+        if thread.listener is not None:
+            thread.listener(Launch(self.kernel, plan, grid, arguments))
+
+    def _bind(self, grid: Sequence[int], arguments: Sequence[Any], options: dict[str, Any]) -> Any:
+        """Let Triton launch it; returns the compiled kernel."""
+        if thread.listener is not None:
+            thread.listener(None)
+        return self.kernel[grid](*arguments, **options)
 
     def _remember(self, kind: _Kind, key: tuple[Any, ...], compiled: Any, options: dict[str, Any]) -> None:
         # A hook or a test may keep Triton from compiling, or launching.
@@ -141,6 +145,33 @@ class _Plan(NamedTuple):
     kernel: CompiledKernel
     run: Callable[..., None]
     constants: tuple[Any, ...]
+
+    def line(self, grid: Sequence[int], stream: Any, values: Sequence[Any]) -> tuple[Any, ...]:
+        """All arguments of the launcher."""
+        x, y, z = (*grid, 1, 1)[:3]
+        compiled = self.kernel
+        # Without hooks, nobody reads the description of the launch.
+        return (
+            x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *values, *self.constants
+        )  # fmt: skip
+
+
+class Launch(NamedTuple):
+    """A replayed launch of a kernel."""
+
+    kernel: JITFunction
+    plan: _Plan
+    grid: Sequence[int]
+    arguments: Sequence[Any]
+
+
+class _Thread(threading.local):
+    """What is called after each launch of this thread: with the launch, or with None if Triton launches it."""
+
+    listener: Callable[[Launch | None], None] | None = None
+
+
+thread = _Thread()
 
 
 @dataclass
@@ -188,13 +219,12 @@ def _getter(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]
     return lambda items: tuple([items[place] for place in places])
 
 
-def _is_watched(kernel: JITFunction) -> bool:
+def is_watched() -> bool:
     """Whether something wants to see launches, or to compile other kernels, for instance a profiler or a debugger."""
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(
-        kernel.pre_run_hooks
-        or getattr(enter, "calls", enter)
+        getattr(enter, "calls", enter)
         or getattr(leave, "calls", leave)
         or runtime.add_stages_inspection_hook
         or runtime.debug
