@@ -317,3 +317,16 @@ def test_who_comes_while_it_ends_is_refused_at_once(server):
     link.close()
     assert server.process.wait() == 0, server.log.read_text()
     assert "Traceback" not in server.log.read_text()
+
+
+def test_what_is_not_answered_in_time_ends_with_an_error(folder):
+    server = Server(folder / "drain.log", "--rows", "1", "--memory", "0.002", "--drain", "0")
+    links = [server.connected(**ENDLESS) for _ in range(4)]
+    while server.count("lrsa_rows") == 0:
+        pass
+    assert server.end() == 0
+    for link in links:
+        answer = b"".join(iter(lambda link=link: link.recv(1 << 16), b"")).decode()
+        assert answer.startswith("HTTP/1.1 500 ")
+        assert "the server has stopped" in answer
+    assert "Traceback" not in server.log.read_text()

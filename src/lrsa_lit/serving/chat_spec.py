@@ -180,6 +180,11 @@ class ChatSpec(OpenAISpec):  # type: ignore[misc]
         """Whether requests are being answered."""
         return bool(self._answering)
 
+    def fail(self, reason: str) -> None:
+        """End all requests with an error."""
+        for uid, one in self._answering.items():
+            one.events.put_nowait(Event(uid, 0, None, "error", one.cached, reason))
+
     def pre_setup(self, lit_api: Any) -> None:
         """Register the routes."""
         self.add_endpoint(self.api_path, self.chat_completion, ["POST"])
@@ -338,8 +343,7 @@ class ChatSpec(OpenAISpec):  # type: ignore[misc]
         while True:
             await asyncio.sleep(1)
             if self._shared.bereaved:
-                for uid, one in self._answering.items():
-                    one.events.put_nowait(Event(uid, 0, None, "error", one.cached, "a worker of the server has died"))
+                self.fail("a worker of the server has died")
 
     def _close(self, one: _Answering) -> None:
         """Remove a request. If it is still running, cancel its job, which frees its rows."""

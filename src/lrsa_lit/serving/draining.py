@@ -25,10 +25,12 @@ class Draining:
     Args:
         app: the app.
         busy: whether requests are still being answered.
+        fail: ends them with an error.
+        seconds: the most seconds to wait for them before that.
     """
 
-    def __init__(self, app: ASGIApp, busy: Callable[[], bool]) -> None:
-        self._app, self._busy = app, busy
+    def __init__(self, app: ASGIApp, busy: Callable[[], bool], fail: Callable[[], None], seconds: float) -> None:
+        self._app, self._busy, self._fail, self._seconds = app, busy, fail, seconds
         self._ending: asyncio.Task[None] | None = None
         self._interrupts = 0
 
@@ -56,6 +58,7 @@ class Draining:
             stop(signal.SIGINT, None)
 
     async def _end(self, stop: Any) -> None:
+        asyncio.get_running_loop().call_later(self._seconds, self._fail)
         while self._busy():
             await asyncio.sleep(_POLL)
         stop(signal.SIGTERM, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import multiprocessing
 import os
@@ -25,6 +26,8 @@ _log = logging.getLogger(__name__)
 _FRONT_END = "LitServer"
 """How LitServe names the processes that speak HTTP."""
 _MOST_BODY = 64 << 20
+_TO_END = 10
+"""Seconds for a front end to end after it has waited for its answers."""
 
 
 def serve(load: Load, front: Front, limits: Limits, address: Address, devices: list[str]) -> None:
@@ -50,9 +53,11 @@ def serve(load: Load, front: Front, limits: Limits, address: Address, devices: l
         max_payload_size=_MOST_BODY,
         disable_openapi_url=True,
     )
-    server.uvicorn_graceful_timeout = address.drain
+    # LitServe kills front ends that take longer.
+    server.uvicorn_graceful_timeout = address.drain + _TO_END
     add_handlers(server.app)
-    server.app.add_middleware(Draining, busy=lambda: spec.busy)
+    stopped = functools.partial(spec.fail, "the server has stopped")
+    server.app.add_middleware(Draining, busy=lambda: spec.busy, fail=stopped, seconds=address.drain)
     with _ended_by_signals(shared, address.drain):
         try:
             server.run(
