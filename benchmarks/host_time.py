@@ -114,8 +114,13 @@ def cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
-LAUNCHES = {"replayed": (lrsa, True), "ordinary": (lrsa, False), "SDPA, cuDNN": (cudnn, False)}
-"""By name: the attention, and whether its launches are replayed."""
+LAUNCHES = {
+    "passes replayed": (lrsa, True, True),
+    "replayed": (lrsa, True, False),
+    "ordinary": (lrsa, False, False),
+    "SDPA, cuDNN": (cudnn, False, False),
+}
+"""By name: the attention, and whether its launches and whether its passes are replayed."""
 CALLS = "forward, no gradient", "forward", "forward + backward"
 
 
@@ -123,8 +128,8 @@ def measured(
     tokens: int, dim: int, launches: str, call: str, options: argparse.Namespace, device: str
 ) -> dict[str, float]:
     """Microseconds of a call."""
-    attention, is_replayed = LAUNCHES[launches]
-    with mock.patch.object(replay, "ENABLED", is_replayed):
+    attention, is_replayed, of_passes = LAUNCHES[launches]
+    with mock.patch.multiple(replay, ENABLED=is_replayed, OF_PASSES=of_passes):
         return microseconds(calls(tokens, dim, attention, device)[call], options.repeats)
 
 

@@ -63,7 +63,7 @@ def calls(
         for enabled in (False, True, True, True):
             leaves = [each.transpose(1, 2).detach().requires_grad_() for each in memory]
             launches.clear()
-            with Held(), mock.patch.object(replay, "ENABLED", enabled):
+            with Held(), mock.patch.multiple(replay, ENABLED=enabled, OF_PASSES=enabled):
                 output = sparse_attention(*leaves, rule, cu_seqlens=cu_seqlens, impl="triton")
                 grads = torch.autograd.grad(output, leaves, torch.empty_like(output))
             names = {each.data_ptr(): "query, key, value"[index] for index, each in enumerate(leaves)}

@@ -1,5 +1,6 @@
 """A replayed kernel launches what Triton would have launched: on the CPU with a stand-in driver, and on a GPU."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -216,18 +217,18 @@ def test_memory_of_launches_is_limited(bench, monkeypatch):
 def test_a_variable_overrides_what_the_version_of_triton_decides(bench, monkeypatch):
     assert set(replay.RAN_WITH) < set(replay.REPLAYS_WITH)
     ran, has_not_run = "3.6.0", "3.8.0"
-    for version, value, enabled in (
-        (ran, None, True), (ran, "", True), (ran, "0", False), (ran, "1", True),
-        (has_not_run, None, False), (has_not_run, "", False), (has_not_run, "0", False), (has_not_run, "1", True),
+    for version, value, asked in (
+        (ran, None, "1"), (ran, "", "1"), (ran, "0", "0"), (ran, "1", "1"), (ran, "passes", "passes"),
+        (has_not_run, None, "0"), (has_not_run, "", "0"), (has_not_run, "0", "0"), (has_not_run, "1", "1"),
     ):  # fmt: skip
         monkeypatch.setattr(replay.triton, "__version__", version)
         monkeypatch.delenv(replay.VARIABLE, raising=False)
         if value is not None:
             monkeypatch.setenv(replay.VARIABLE, value)
-        assert replay._is_switched_on() is enabled
+        assert replay._asked() == asked
     monkeypatch.setenv(replay.VARIABLE, "yes")
-    with refused(replay.VARIABLE, "yes", "0 or 1"):
-        replay._is_switched_on()
+    with refused(replay.VARIABLE, "yes", "0, 1 or passes"):
+        replay._asked()
     monkeypatch.setattr(replay, "ENABLED", False)
     for _ in range(3):
         bench.launch(*arguments())
@@ -237,10 +238,10 @@ def test_a_variable_overrides_what_the_version_of_triton_decides(bench, monkeypa
 @pytest.mark.parametrize("version", ["3.5.1", "3.10.0", "4.0.0"])
 def test_other_versions_of_triton_are_refused(version, monkeypatch):
     monkeypatch.setattr(replay.triton, "__version__", version)
-    assert not replay._is_switched_on()
+    assert replay._asked() == "0"
     monkeypatch.setenv(replay.VARIABLE, "1")
     with refused(replay.VARIABLE, "1", "0", reason=f"{version} is installed"):
-        replay._is_switched_on()
+        replay._asked()
 
 
 def test_kernels_of_the_interpreter_stay_as_they_are():
@@ -297,11 +298,13 @@ def assert_same_bits(results, expected):
     assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
 
 
-@pytest.fixture(params=["plain", "hopper"])
+@pytest.fixture(params=itertools.product(["plain", "hopper"], ["launches", "passes"]), ids="-".join)
 def kernels(request, monkeypatch):
-    if request.param == "hopper" and not (hopper.CHECKED and torch.cuda.get_device_capability() == (9, 0)):
+    kind, replayed = request.param
+    monkeypatch.setattr(replay, "OF_PASSES", replayed == "passes")
+    if kind == "hopper" and not (hopper.CHECKED and torch.cuda.get_device_capability() == (9, 0)):
         pytest.skip("not a Hopper GPU, or a Triton that the kernels were not run with")
-    monkeypatch.setattr(hopper, "ENOUGH", 0 if request.param == "hopper" else 1 << 62)
+    monkeypatch.setattr(hopper, "ENOUGH", 0 if kind == "hopper" else 1 << 62)
 
 
 @pytest.mark.gpu
@@ -324,7 +327,9 @@ def test_replays_give_the_bits_of_ordinary_launches(kernels):
 @pytest.mark.gpu
 def test_a_repeated_call_is_not_bound_again(kernels, monkeypatch):
     case = tensors(1025)
-    outcome(*case)
+    # The second call of a pass is recorded.
+    for _ in range(2):
+        outcome(*case)
 
     def refuse(*arguments, **options):
         raise AssertionError("bound again")

@@ -102,6 +102,7 @@ def tensors(offset=0, shape=(1, 2, 4, 16), heads_last=False, cut=0, dtype=torch.
 @pytest.fixture(autouse=True)
 def _switched_on(monkeypatch):
     monkeypatch.setattr(replay, "ENABLED", True)
+    monkeypatch.setattr(replay, "OF_PASSES", True)
 
 
 @pytest.fixture
@@ -249,15 +250,16 @@ def test_hooks_debuggers_and_the_switch_stop_tapes(passes, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(knobs.runtime, "debug", True)
         passes.call(tensors())
-    with monkeypatch.context() as patch:
-        patch.setattr(replay, "ENABLED", False)
-        passes.call(tensors())
-    assert passes.ran == 5
+    for switch in ("ENABLED", "OF_PASSES"):
+        with monkeypatch.context() as patch:
+            patch.setattr(replay, switch, False)
+            passes.call(tensors())
+    assert passes.ran == 6
     passes.call(tensors())
-    assert passes.ran == 5
+    assert passes.ran == 6
     passes.bench.kernels["replayed"].add_pre_run_hook(lambda *arguments, **options: seen.append(arguments))
     passes.call(tensors())
-    assert (len(seen), passes.ran) == (9, 6)
+    assert (len(seen), passes.ran) == (9, 7)
 
 
 def test_an_error_while_recording_leaves_the_next_calls_alone(monkeypatch):

@@ -39,21 +39,27 @@ RAN_WITH = ("3.6", "3.9")
 """Those of them with which replays have passed their tests on a GPU (``make test-gpu``), and are on by default."""
 
 VARIABLE = "LRSA_REPLAY_LAUNCHES"
-"""The environment variable that switches replays on (1) or off (0)."""
+"""The environment variable that switches replays of launches on (1) or off (0), or those of passes on (passes)."""
 
 
-def _is_switched_on() -> bool:
+_PASSES = "passes"
+
+
+def _asked() -> str:
     value = os.environ.get(VARIABLE) or ("1" if triton_is_among(RAN_WITH) else "0")
-    if value not in ("0", "1"):
-        raise UserError(VARIABLE, value, "0 or 1")
-    if value == "1" and not triton_is_among(REPLAYS_WITH):
+    if value not in ("0", "1", _PASSES):
+        raise UserError(VARIABLE, value, f"0, 1 or {_PASSES}")
+    if value != "0" and not triton_is_among(REPLAYS_WITH):
         known = f"is for triton {', '.join(REPLAYS_WITH)}; {triton.__version__} is installed"
         raise UserError(VARIABLE, value, "0", reason=known)
-    return value == "1"
+    return value
 
 
-ENABLED = _is_switched_on()
+ENABLED = _asked() != "0"
 """Whether kernels are replayed; read at each launch."""
+
+OF_PASSES = _asked() == _PASSES
+"""Whether whole passes are replayed too (tape.py); read at each call. Not by default: no GPU has run this yet."""
 
 MOST_PLANS = 512
 """The number of launches that a kernel remembers. With more, it forgets all: lengths may differ at each step."""

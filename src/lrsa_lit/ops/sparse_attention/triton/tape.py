@@ -7,6 +7,8 @@ and later calls repeat the record.
 A call that does anything else with tensors, such as copying one into another layout, is never recorded. Calls whose
 launches would go to Triton (replay.py) are not replayed; nor is a call in a CUDA graph, whose work tables must outlive
 it (work_tables.py).
+
+It is off by default: ``LRSA_REPLAY_LAUNCHES=passes`` switches it on.
 """
 
 from __future__ import annotations
@@ -88,7 +90,7 @@ class _Taped:
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int] | None:
     """The addresses of the tensors; None if a call with them is not replayed."""
-    if torch.compiler.is_compiling() or not replay.ENABLED or replay.is_watched():
+    if torch.compiler.is_compiling() or not (replay.ENABLED and replay.OF_PASSES) or replay.is_watched():
         return None
     # A pass within a recorded one is a part of its record.
     if tensors[-1] is None or replay.thread.listener is not None:
