@@ -1,5 +1,6 @@
 """What a study file means: rows, hashes, the order of the work, and configs for the command line."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from lrsa_lit.errors import UserError
 from lrsa_lit.experiments.commands import evaluation
 from lrsa_lit.experiments.study import Evaluation
 from lrsa_lit.ops.sparse_attention import RandomTokens
+from lrsa_lit.tasks.attentions import evaluated
 from lrsa_lit.yaml_file import read_settings
 
 
@@ -274,7 +276,7 @@ def test_an_evaluation_sets_all_of_its_first_attention(tmp_path):
     evaluation(study, row, items, tmp_path / "out", {}, depth=2)
     layers = [yaml.safe_load(path.read_text()) for path in tmp_path.rglob("settings-*.yaml")]
     (model,) = [layer["model"] for layer in layers if "evaluate" in layer.get("model", {})]
-    assert model["lrsa"] == {"system": None, "head_top_k": None, **study.inference["8x"].to_dict()}
+    assert model["lrsa"] == {"system": None, "head_top_k": None, "latents": False, **study.inference["8x"].to_dict()}
     assert model["evaluate"]["4x"]["head_top_k"] == [2, 4]
 
 
@@ -320,3 +322,16 @@ def test_mistakes_of_an_attention_for_each_layer_are_named(wrong, named, tmp_pat
         open_study(str(path))
     assert one_line(error.value).startswith("inference.one.dense_layers")
     assert named in str(error.value)
+
+
+def test_an_attention_takes_nothing_from_the_one_that_a_command_evaluates_first(tmp_path):
+    """Not even what a rule's settings leave out where it is not set, such as latents."""
+    few = {"rows": ["base"], "seeds": [0], "inference": ["narrow", "4x"], "sets": ["plain"]}
+    study = study_of(tmp_path, inference={"narrow": {"latents": True}}, parts={"few": few})
+    (work,) = study.work("few")
+    evaluation(study, work.row, work.evaluations, tmp_path / "work", {}, depth=2)
+    written = [json.loads(path.read_text()) for path in tmp_path.glob("work/*/settings-*.yaml")]
+    (model,) = (layer["model"] for layer in written if "evaluate" in layer.get("model", {}))
+    own = LRSAConfig.from_dict(model["lrsa"])
+    assert own == study.rule("", {"latents": True})
+    assert evaluated(own, model["evaluate"])["4x"] == study.rule("", {})

@@ -118,7 +118,7 @@ def evaluation(
 
 def _whole(rule: LRSAConfig) -> Settings:
     """All settings of a rule, so that they override any others."""
-    return {"system": None, "head_top_k": None, **rule.to_dict()}
+    return {"system": None, "head_top_k": None, "latents": False, **rule.to_dict()}
 
 
 def _part(name: str, **arguments: Any) -> Settings:
