@@ -67,9 +67,9 @@ def test_a_card_has_rule_budget_data_and_scores(checkpoint, capfd):
         "eval-run", {"eval/arc/acc": 0.75, "eval/arc/acc_stderr": 0.1}, **{"checkpoint.run": run_id, "rule": "dense"}
     )
     recorded("other", {"eval/arc/acc": 0.1}, **{"checkpoint.run": "another"})
-    main(["export", checkpoint(run=run_id), "--out", "model", "--card", "--license", "mit"])
+    main(["export", checkpoint(run=run_id), "--out", "model", "--card", "--license", "openrail++"])
     metadata, body = card_of()
-    assert metadata["license"] == "mit"
+    assert metadata["license"] == "openrail++"
     assert metadata["library_name"] == "transformers"
     assert "base_model" not in metadata, "tiny is no name on the hub"
     assert "keeps 4 of every 16 tokens" in body

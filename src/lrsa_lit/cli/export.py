@@ -123,7 +123,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _licence(text: str) -> str:
     """The identifier; the hub refuses a card with any other text."""
-    if not re.fullmatch(r"[a-z0-9]+([.+-][a-z0-9.]+)*", text):
+    if not re.fullmatch(r"[a-z0-9]+([.+-][a-z0-9.]+)*[+]*", text):
         raise ValueError(text)
     return text
 
