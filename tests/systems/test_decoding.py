@@ -1,11 +1,23 @@
 """Single tokens in the preallocated memory of a decoder: what systems answer without it."""
 
+import contextlib
+
 import pytest
 import torch
 
-from lrsa_lit.attention import LRSACache, LRSAConfig, read_prompts, single_token_steps, using
-from lrsa_lit.attention.decoding import Decoder
-from lrsa_lit.systems import AdaKV, ChunkKV, ChunkKVPress, FreqKV, KeyDiffBlocks, KeyNorm, KVzip, SparseAccelerate
+from lrsa_lit.attention import LRSACache, LRSAConfig, prefill, read_prompts, single_token_steps, using
+from lrsa_lit.attention.decoding import Decoder, serving
+from lrsa_lit.systems import (
+    AdaKV,
+    ChunkKV,
+    ChunkKVPress,
+    FreqKV,
+    KeyDiffBlocks,
+    KeyNorm,
+    KVzip,
+    SnapKV,
+    SparseAccelerate,
+)
 
 SYSTEMS = [
     AdaKV(0.3, scorer=KeyNorm()), AdaKV(pairs=1, alpha=0.0, scorer=KeyNorm()), ChunkKV(0.5, size=3, window=2),
@@ -42,3 +54,21 @@ def test_dense_layers_beside_slots_are_answered_without_a_graph(model):
     for dense_layers, graphable in (((), True), ((1,), False)):
         with using(model, LRSAConfig(system=FreqKV(12), dense_layers=dense_layers)):
             assert LRSACache.of(model).graphable is graphable
+
+
+@pytest.mark.parametrize(
+    "system", [SnapKV(0.3, window=3), AdaKV(0.3, scorer=SnapKV(window=3))], ids=lambda system: type(system).__name__
+)
+def test_a_last_token_of_a_prompt_by_itself_counts_as_the_prompt(system, model, ids):
+    """A decoder would store its key and value alone, but the selection also needs its query."""
+    prompt, answer = ids(2, 30), ids(2, 5)
+    with using(model, LRSAConfig(system=system)), torch.no_grad():
+        logits = []
+        for decodes in (False, True):
+            cache = LRSACache.of(model)
+            with serving(model, Decoder(model, cache)) if decodes else contextlib.nullcontext():
+                prefill(model, prompt[:, :29], cache)
+                prefill(model, prompt[:, 29:], cache)
+                cache.end_prompt()
+                logits.append([prefill(model, answer[:, at, None], cache).clone() for at in range(5)])
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-8)

@@ -75,8 +75,13 @@ class Decoder:
         self._prepared: list[tuple[Tensor, ...]] = []
 
     def ready(self, rows: int) -> bool:
-        """Whether :meth:`step` can run: the rows are in the recorded order, none is empty, and the rule is the same."""
-        state, first = enabled_state(self.model), self.cache.layers[0]
+        """Whether :meth:`step` can run: the rows are in the recorded order, none is empty, and the rule is the same.
+
+        The tokens of a prompt that a system selects from are not for it.
+        """
+        state, first, system = enabled_state(self.model), self.cache.layers[0], self.cache.config.system
+        if not (system is None or system.trains or self.cache.prompt_ended):
+            return False
         if state is None or state.config != self.cache.config or rows != first.rows or not self.cache.is_idle:
             return False
         return self.cache.graphable and first.streams == self._order and all(stream.seen for stream in first.streams)
