@@ -31,13 +31,11 @@ def executor(on: str | None, seconds: float | None = None, jobs: int = 1) -> Ite
     Args:
         on: None for this machine; ``ray`` or ``ray://HOST:PORT`` for a cluster.
         seconds: time limit, after which no job is started and running jobs are stopped; None for no limit.
-        jobs: number of jobs that run at the same time on this machine.
+        jobs: number of jobs that run at the same time on this machine, at least 1.
 
     Raises:
-        UserError: Ray is not installed, or does not answer; ``jobs`` is not allowed.
+        UserError: Ray is not installed, or does not answer; or ``jobs`` is above 1 on a cluster.
     """
-    if jobs < 1:
-        raise UserError("--jobs", jobs, "an integer >= 1")
     if on is None:
         yield Executor(seconds, jobs)
         return
