@@ -273,6 +273,7 @@ def test_a_filter_that_leaves_no_sentence_is_refused(in_process, capfd):
         (["--checkpoint", "no.ckpt"], "--checkpoint: 'no.ckpt' does not exist"),
         (["--limit", "0"], "--limit: '0' is not allowed"),
         (["--jobs", "0"], "--jobs: '0' is not allowed"),
+        (["--jobs", "2", "--on", "ray"], "--on"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -94,10 +94,12 @@ def without_data(arguments: Sequence[str]) -> list[str]:
 
 def add_executor(parser: argparse.ArgumentParser) -> None:
     """Add the options of commands that run other commands: where they run, and how many at the same time."""
+    # A cluster runs as many as it has room for.
+    places = parser.add_mutually_exclusive_group()
     at_once = "commands that run at the same time on this machine"
-    parser.add_argument("--jobs", type=integer(1, LARGEST), default=1, help=at_once)
+    places.add_argument("--jobs", type=integer(1, LARGEST), default=1, help=at_once)
     where = "run on a Ray cluster whose machines share the folders: ray (on this machine) or ray://HOST:PORT"
-    parser.add_argument("--on", metavar="RAY", help=f"{where}; default: on this machine")
+    places.add_argument("--on", metavar="RAY", help=f"{where}; default: on this machine")
 
 
 @contextlib.contextmanager

@@ -34,13 +34,11 @@ def executor(on: str | None, seconds: float | None = None, jobs: int = 1) -> Ite
         jobs: number of jobs that run at the same time on this machine, at least 1.
 
     Raises:
-        UserError: Ray is not installed, or does not answer; or ``jobs`` is above 1 on a cluster.
+        UserError: Ray is not installed, or does not answer.
     """
     if on is None:
         yield Executor(seconds, jobs)
         return
-    if jobs > 1:
-        raise UserError("--jobs", jobs, reason=f"does not work with {_KEY}: a cluster runs as many as it has room for")
     ray = _connected(on)
     try:
         yield OnRay(ray, seconds)
