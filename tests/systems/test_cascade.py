@@ -147,7 +147,7 @@ def test_sums_of_any_blocks_are_those_of_all_queries(monkeypatch):
     query, key, value = random_qkv(13, batch=2, queries=9)
     weights = torch.rand(9, dtype=torch.float64)
     whole = attention_and_sums(query.unflatten(1, (2, 2)), key, value, SCALE, weights)
-    monkeypatch.setattr("lrsa_lit.systems.received_attention._PROBABILITIES", 13 * 8 * 2)
+    monkeypatch.setattr("lrsa_lit.systems.at_once._PROBABILITIES", 13 * 8 * 2)
     blocks = attention_and_sums(query.unflatten(1, (2, 2)), key, value, SCALE, weights)
     torch.testing.assert_close(blocks, whole, rtol=0, atol=1e-12)
     torch.testing.assert_close(whole[1].sum(dim=-1), weights.sum().expand(2, 2, 2), rtol=0, atol=1e-12)

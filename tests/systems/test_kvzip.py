@@ -21,7 +21,7 @@ from lrsa_lit.attention import (
     using,
 )
 from lrsa_lit.attention.decoding.end_of_prompt import _read
-from lrsa_lit.systems import ChunkKVPress, KVzip, kvzip
+from lrsa_lit.systems import ChunkKVPress, KVzip, at_once
 from lrsa_lit.systems.kvzip import repeat_scores
 
 PROMPT, ANSWER, LAYERS, HEADS, DIM = 23, 5, 3, 2, 8
@@ -58,7 +58,7 @@ def recorded():
 
 @pytest.mark.parametrize("probabilities", [1, 150, 1 << 26], ids=["of one query", "of a few", "of all"])
 def test_recorded_scores_and_the_pairs_that_stay(probabilities, monkeypatch):
-    monkeypatch.setattr(kvzip, "_PROBABILITIES", probabilities)
+    monkeypatch.setattr(at_once, "_PROBABILITIES", probabilities)
     found, expected = list(recorded()), vectors("kvzip")["expected"]
     for scores, name in zip(found, ("scores_chunk_1", "scores_chunk_2"), strict=True):
         torch.testing.assert_close(scores[0], torch.tensor(expected[name], dtype=torch.float64), rtol=0, atol=1e-7)

@@ -22,7 +22,7 @@ SYSTEM = SparseAccelerate(
 @pytest.fixture(params=[16, 5], ids=["at once", "in parts"])
 def of_queries(request, monkeypatch):
     """How many queries of the recorded prompt have masks at a time."""
-    monkeypatch.setattr("lrsa_lit.systems.sparse_accelerate._NUMBERS", 2 * 16 * request.param)
+    monkeypatch.setattr("lrsa_lit.systems.at_once._PROBABILITIES", 2 * 16 * request.param)
 
 
 @pytest.mark.usefixtures("of_queries")

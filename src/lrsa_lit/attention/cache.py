@@ -25,6 +25,7 @@ from lrsa_lit.attention.stock import Lease, lease
 from lrsa_lit.attention.weights_digest import weights_digest
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import Impl, Stream, fetch_numbers
+from lrsa_lit.ops.to_device import to_device
 
 
 class LRSACache(Cache):
@@ -342,7 +343,7 @@ class LRSACache(Cache):
         if all(count == self.get_seq_length() for count in seen):
             return None
         positions = torch.tensor(seen, device="cpu")[:, None] + torch.arange(length, device="cpu")
-        return positions.to(device, non_blocking=True)
+        return to_device(positions, device)
 
     def stored_tokens(self) -> list[float]:
         """For each layer, tokens stored per head, summed over the rows; the mean if heads differ."""

@@ -127,9 +127,12 @@ class _State:
             if not isinstance(path, str) or "${" in path or not self._classes.get("data"):
                 continue
             # The data set decides whether a folder is allowed, and whether what is cached of an absent file will do.
-            is_folder = not path.startswith(PACKAGE_SCHEME) and expanded(key, path).is_dir()
-            if not (is_folder or kept_sources.are_kept(path)):
-                resolve(path, key=key)
+            if path.startswith(PACKAGE_SCHEME) or not expanded(key, path).is_dir():
+                try:
+                    resolve(path, key=key)
+                except UserError:
+                    if not kept_sources.are_kept(path):
+                        raise
         checkpoint = self._values.get("ckpt_path")
         if isinstance(checkpoint, str) and checkpoint != LAST and "${" not in checkpoint:
             _exists("ckpt_path", checkpoint, f"a checkpoint written by a fit, or {LAST}")

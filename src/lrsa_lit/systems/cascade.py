@@ -19,6 +19,7 @@ from lrsa_lit.bounds import check_setting, is_integer
 from lrsa_lit.ops.sparse_attention import Impl, Stream, attended_pairs
 from lrsa_lit.ops.sparse_attention.buffer import Pair, joined
 from lrsa_lit.ops.sparse_attention.compressors import gather_kept
+from lrsa_lit.ops.to_device import to_device
 from lrsa_lit.systems.received_attention import attention_and_sums
 from lrsa_lit.systems.system import Head, Place, System
 
@@ -147,9 +148,9 @@ def _plan(
             most = max(map(len, slots), default=1)
             # Padding repeats the last candidate, which competes again with the winner or with itself.
             filled = [slot + slot[-1:] * (most - len(slot)) for slot in slots]
-            table = torch.tensor(filled, dtype=torch.int64, device="cpu").view(-1, most).T
-            # Neither this copy nor the others here make the host wait.
-            tables.append(table.to(device, non_blocking=True))
+            # Of int64 also if it is empty.
+            table = torch.tensor(filled, dtype=torch.int64, device="cpu")
+            tables.append(to_device(table.view(-1, most).T, device))
     return tables, after
 
 
@@ -229,7 +230,7 @@ def keep_in_rows(
 def _on_device(numbers: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
     """A table, copied once for all layers."""
     with torch.inference_mode(False):
-        return torch.tensor(numbers, device="cpu").to(device, non_blocking=True)
+        return to_device(numbers, device)
 
 
 def _winners(rivals: Tensor, score: Tensor, table: Tensor) -> Tensor:
@@ -306,7 +307,7 @@ class CascadeStream(Stream):
         for indices in alike.values():
             some = [rows[index] for index in indices]
             # A slice needs no copy from the host.
-            at = slice(None) if len(indices) == len(rows) else torch.tensor(indices).to(query.device, non_blocking=True)
+            at = slice(None) if len(indices) == len(rows) else to_device(indices, query.device)
             output[at] = _together(some, query[at], key[at], value[at], scale)
         return output
 
@@ -319,9 +320,10 @@ class CascadeStream(Stream):
     def _attend_stride(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """:meth:`attend` for tokens of one stride."""
         count, beta = key.shape[2], self.system.beta
-        positions = self.seen + torch.arange(count, device=key.device)
         if self._of_rows:
             positions = _on_device((self._of_rows,), key.device).view(-1, 1, 1)
+        else:
+            positions = self.seen + torch.arange(count, device=key.device)
         new = self.rotary.unrotate(key, positions).to(key.dtype), value
         # Always copies, because the given tensors may be views of larger ones.
         self._pair = joined(self._pair or (key[:, :, :0], value[:, :, :0]), new)

@@ -18,11 +18,10 @@ from lrsa_lit.bounds import check_integers, check_setting
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import Impl, Stream
 from lrsa_lit.systems.adakv import UnequalStream, highest_together
+from lrsa_lit.systems.at_once import queries_at_once
 from lrsa_lit.systems.one_shot import OneShot, Prompt, cut
 from lrsa_lit.systems.system import Encode, Place, Repeat
 
-_PROBABILITIES = 1 << 26
-"""The most probabilities in memory at a time."""
 _NAMED = 8
 """The number of tokens before a part that the instruction quotes, except for the first part."""
 
@@ -208,7 +207,7 @@ def repeat_scores(query: Tensor, key: Tensor, own: Tensor, sinks: int, scale: fl
     dtype = torch.promote_types(key.dtype, torch.float32)
     keys, past = torch.cat([key, own], dim=2).to(dtype), key.shape[2]
     most = keys.new_zeros(*key.shape[:2], past - sinks)
-    at_once = max(1, _PROBABILITIES // (query.shape[:3].numel() * keys.shape[2]))
+    at_once = queries_at_once(query, keys.shape[2])
     for start in range(0, own.shape[2], at_once):
         some = query[:, :, :, start : start + at_once]
         group, count = some.shape[2:4]

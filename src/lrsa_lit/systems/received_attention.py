@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_PROBABILITIES = 1 << 26
-"""The most probabilities in memory at a time."""
+from lrsa_lit.systems.at_once import queries_at_once
 
 
 def attention_and_sums(
@@ -29,7 +28,7 @@ def attention_and_sums(
     """
     count, keys = query.shape[3], key.shape[2]
     exact = torch.promote_types(query.dtype, torch.float32)
-    rows = max(1, _PROBABILITIES // (query.shape[:3].numel() * keys))
+    rows = queries_at_once(query, keys)
     places = torch.arange(keys, device=key.device)
     outputs, sums = [], torch.zeros(*query.shape[:3], keys, dtype=exact, device=key.device)
     across = key.to(exact).transpose(2, 3)

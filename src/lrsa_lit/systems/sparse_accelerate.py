@@ -20,12 +20,10 @@ from lrsa_lit.bounds import check_setting, is_integer
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sdpa import sdpa
 from lrsa_lit.ops.sparse_attention import Impl, KeyValueStream, Stream, fetch_numbers
+from lrsa_lit.systems.at_once import queries_at_once
 from lrsa_lit.systems.system import Place, System
 
 PATTERNS = ("triangular", "interval_slash", "block_cluster")
-
-_NUMBERS = 1 << 26
-"""The most numbers in a mask, or probabilities, in memory at a time: fewer parts cost the host less."""
 
 Mask = Callable[[Tensor], Tensor]
 """From the indices (N,) of queries to their mask, bool, broadcastable to (B, H, G, N, T)."""
@@ -157,7 +155,7 @@ class Masks:
         self.query, self.key = query.to(dtype), key.to(dtype)
         self.tokens = key.shape[2]
         self.places = torch.arange(self.tokens, device=key.device)
-        self.at_once = max(1, _NUMBERS // (query.shape[:3].numel() * self.tokens))
+        self.at_once = queries_at_once(query, self.tokens)
         self.masks: list[Mask] = [self._triangular, self._interval_slash(), self._block_cluster()]
 
     def best(self) -> Tensor:

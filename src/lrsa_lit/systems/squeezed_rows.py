@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lrsa_lit.ops.sdpa import sdpa
 from lrsa_lit.ops.sparse_attention.buffer import PairBuffer
 from lrsa_lit.ops.sparse_attention.compressors import gather_kept
+from lrsa_lit.ops.to_device import to_device
 from lrsa_lit.systems.clusters import Level
 
 _ROOM = 128
@@ -38,11 +39,9 @@ class RowsTogether:
         self.levels = [Level(*map(_padded, zip(*level, strict=True))) for level in zip(*indices, strict=True)]
         self.thresholds = [torch.cat(level)[:, None, None] for level in zip(*thresholds, strict=True)]
         self._lengths, looked_up = [buffer.length for buffer in buffers], list(map(looked_up_of, indices))
-        # A copy that does not make the host wait.
-        numbers = torch.tensor([[levels[0].labels.shape[2] for levels in indices], self._lengths], device="cpu")
         first, device = buffers[0].whole[0], buffers[0].whole[0].device
-        clustered, self._ends = numbers.to(device, non_blocking=True)
-        self._looked_up = torch.tensor(looked_up, device="cpu").to(device, non_blocking=True)[:, None]
+        clustered, self._ends = to_device([[levels[0].labels.shape[2] for levels in indices], self._lengths], device)
+        self._looked_up = to_device(looked_up, device)[:, None]
         self._clustered = clustered[:, None, None]
         self._rows = torch.arange(len(buffers), device=device)
         # A key that no query sees must be finite.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lrsa_lit.ops.sparse_attention.abstract_stream import Stream
+from lrsa_lit.ops.to_device import to_device
 
 
 def attend_by_length(
@@ -31,8 +32,7 @@ def attend_by_length(
     """
     lengths, output, found = [stop - start for start, stop in spans], torch.zeros_like(query), list(streams)
     order = sorted(range(len(spans)), key=lambda row: -lengths[row])
-    # A copy that does not make the host wait.
-    starts = torch.tensor([(row, spans[row][0]) for row in order], device="cpu").to(query.device, non_blocking=True)
+    starts = to_device([(row, spans[row][0]) for row in order], query.device)
     numbers, places = (torch.arange(count, device=query.device) for count in (len(order), lengths[order[0]]))
     rows, columns = starts[:, :1], (starts[:, 1:] + places).clamp(max=query.shape[2] - 1)
     queries, keys, values = (tensor[rows, :, columns].transpose(1, 2) for tensor in (query, key, value))

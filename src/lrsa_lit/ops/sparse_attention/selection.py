@@ -20,6 +20,7 @@ from lrsa_lit.ops.sparse_attention.geometry import compressed_at, partition_coun
 from lrsa_lit.ops.sparse_attention.rule import Rule
 from lrsa_lit.ops.sparse_attention.slot_bias import narrow, with_bias
 from lrsa_lit.ops.sparse_attention.token_scores import bare_keys, scores_of
+from lrsa_lit.ops.to_device import to_device
 
 
 @dataclass(frozen=True)
@@ -202,9 +203,8 @@ def compact_buffer_of_packed(
     if not compressed:
         return key[:, :, :0], value[:, :, :0]
     starts = [start + sink + lag * number for start, count in compressed for number in range(count)]
-    # A copy that does not make the host wait.
-    own = torch.tensor(starts, device="cpu").to(key.device, non_blocking=True)[:, None]
-    own, bias = own + torch.arange(lag, device=key.device), rule.compressor.has_bias
+    own = to_device(starts, key.device)[:, None] + torch.arange(lag, device=key.device)
+    bias = rule.compressor.has_bias
     keys, values = (narrow(tokens) if bias else tokens for tokens in (key, value))
     pairs = keys[:, :, own], values[:, :, own], keys[:, :, own + lag], values[:, :, own + lag]
     made = (compress_by or rule.compressor.compress)(Partitions(*pairs, rule.top_k, rotary=rule.rotary))

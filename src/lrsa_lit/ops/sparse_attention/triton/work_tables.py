@@ -19,6 +19,7 @@ from torch import Tensor
 from lrsa_lit.ops.sparse_attention.geometry import compact_size, compressed_at, partition_counts
 from lrsa_lit.ops.sparse_attention.rule import Rule
 from lrsa_lit.ops.sparse_attention.triton.host_functions import Inputs
+from lrsa_lit.ops.to_device import to_device
 
 TAGS = (torch.Tag.cudagraph_unsafe,)
 """Tags of operators that use the tables: these outlive a call, so CUDA graph trees must not recycle their memory."""
@@ -110,8 +111,7 @@ def _table(build: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.lru_cache(maxsize=TABLES)
     def cached(geometry: Geometry, device: torch.device, *sizes: int) -> Tensor:
-        # The host need not wait for the copy.
-        return build(geometry, *sizes).to(torch.int32).to(device, non_blocking=True)
+        return to_device(build(geometry, *sizes).to(torch.int32), device)
 
     def lookup(geometry: Geometry, device: torch.device, *sizes: int) -> Tensor:
         table = cached(geometry, device, *sizes)
