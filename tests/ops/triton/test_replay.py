@@ -215,9 +215,10 @@ def test_memory_of_launches_is_limited(bench, monkeypatch):
 
 
 def test_a_variable_overrides_what_the_version_of_triton_decides(bench, monkeypatch):
-    assert set(replay.RAN_WITH) < set(replay.REPLAYS_WITH)
-    ran, has_not_run = "3.6.0", "3.8.0"
+    assert set(replay.PASSES_RAN_WITH) <= set(replay.RAN_WITH) < set(replay.REPLAYS_WITH)
+    all_ran, ran, has_not_run = "3.6.0", "3.9.0", "3.8.0"
     for version, value, asked in (
+        (all_ran, None, "passes"), (all_ran, "", "passes"), (all_ran, "0", "0"), (all_ran, "1", "1"),
         (ran, None, "1"), (ran, "", "1"), (ran, "0", "0"), (ran, "1", "1"), (ran, "passes", "passes"),
         (has_not_run, None, "0"), (has_not_run, "", "0"), (has_not_run, "0", "0"), (has_not_run, "1", "1"),
     ):  # fmt: skip

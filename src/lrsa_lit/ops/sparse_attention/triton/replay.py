@@ -30,7 +30,17 @@ from triton.runtime.jit import JITFunction
 from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention.triton.host_functions import triton_is_among
 
-__all__ = ["RAN_WITH", "REPLAYS_WITH", "VARIABLE", "Launch", "Replayed", "is_watched", "replayed", "thread"]
+__all__ = [
+    "PASSES_RAN_WITH",
+    "RAN_WITH",
+    "REPLAYS_WITH",
+    "VARIABLE",
+    "Launch",
+    "Replayed",
+    "is_watched",
+    "replayed",
+    "thread",
+]
 
 REPLAYS_WITH = ("3.6", "3.7", "3.8", "3.9")
 """Versions of Triton whose launchers take the arguments that :class:`Replayed` passes."""
@@ -38,15 +48,18 @@ REPLAYS_WITH = ("3.6", "3.7", "3.8", "3.9")
 RAN_WITH = ("3.6", "3.9")
 """Those of them with which replays have passed their tests on a GPU (``make test-gpu``), and are on by default."""
 
+PASSES_RAN_WITH = ("3.6",)
+"""Those with which replays of whole passes (tape.py) have passed them too."""
+
 VARIABLE = "LRSA_REPLAY_LAUNCHES"
-"""The environment variable that switches replays of launches on (1) or off (0), or those of passes on (passes)."""
+"""The environment variable that switches all replays off (0), or on for launches (1) or whole passes (passes)."""
 
 
 _PASSES = "passes"
 
 
 def _asked() -> str:
-    value = os.environ.get(VARIABLE) or ("1" if triton_is_among(RAN_WITH) else "0")
+    value = os.environ.get(VARIABLE) or _default()
     if value not in ("0", "1", _PASSES):
         raise UserError(VARIABLE, value, f"0, 1 or {_PASSES}")
     if value != "0" and not triton_is_among(REPLAYS_WITH):
@@ -55,11 +68,17 @@ def _asked() -> str:
     return value
 
 
+def _default() -> str:
+    if triton_is_among(PASSES_RAN_WITH):
+        return _PASSES
+    return "1" if triton_is_among(RAN_WITH) else "0"
+
+
 ENABLED = _asked() != "0"
 """Whether kernels are replayed; read at each launch."""
 
 OF_PASSES = _asked() == _PASSES
-"""Whether whole passes are replayed too (tape.py); read at each call. Not by default: no GPU has run this yet."""
+"""Whether whole passes are replayed too (tape.py); read at each call."""
 
 MOST_PLANS = 512
 """The number of launches that a kernel remembers. With more, it forgets all: lengths may differ at each step."""

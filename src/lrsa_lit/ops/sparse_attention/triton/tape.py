@@ -8,7 +8,7 @@ A call that does anything else with tensors, such as copying one into another la
 launches would go to Triton (replay.py) are not replayed; nor is a call in a CUDA graph, whose work tables must outlive
 it (work_tables.py).
 
-It is off by default: ``LRSA_REPLAY_LAUNCHES=passes`` switches it on.
+replay.py says with which versions of Triton it is on.
 """
 
 from __future__ import annotations
