@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 _MARKERS = "osD^vP*X"
 
+_MOST_WITH_INTERVALS = 12
+"""With more lines in a plot, their intervals hide each other."""
+
 
 def against_share(entries: Sequence[Entry], measure: str, title: str) -> Figure:
     """Plot the score of each row, with its interval, against the share of query-key pairs attended to.
@@ -36,11 +39,18 @@ def against_share(entries: Sequence[Entry], measure: str, title: str) -> Figure:
 
 
 def against_cache(found: Sequence[tuple[str, float, Estimate]], label: str, title: str) -> Figure:
-    """Plot a score with its interval against cache bytes, as a share of a dense cache; one line per system."""
-    systems = len({name for name, *_ in found})
-    figure, axes = subplots(1, 1, size=(9, max(5, 1 + 0.25 * systems)))
-    lines_of(axes, found, "system")
-    entitle(axes, f"{label} against the size of the cache", f"{title}; bars: 95 % CI")
+    """Plot a score against cache bytes, as a share of a dense cache; one line per system, the best one first.
+
+    Few systems have intervals.
+    """
+    best: dict[str, float] = {}
+    for name, _, score in found:
+        best[name] = max(score.value, best.get(name, score.value))
+    found, few = sorted(found, key=lambda each: -best[each[0]]), len(best) <= _MOST_WITH_INTERVALS
+    figure, axes = subplots(1, 1, size=(9, max(5, 1 + 0.25 * len(best))))
+    lines_of(axes, found, "system", intervals=few)
+    about = "bars: 95 % CI" if few else "best first; the table has the 95 % CIs"
+    entitle(axes, f"{label} against the size of the cache", f"{title}; {about}")
     axes.set(xlabel="bytes at the end of the prompt, as a share of a dense cache (log scale)", ylabel=label)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
@@ -132,9 +142,14 @@ def training_curves(lines: Sequence[Line], window: int = 20) -> Figure:
 
 
 def lines_of(
-    axes: Axes, found: Sequence[tuple[str, float, Estimate]], of: str = "trained", *, joined: bool = True
+    axes: Axes,
+    found: Sequence[tuple[str, float, Estimate]],
+    of: str = "trained",
+    *,
+    joined: bool = True,
+    intervals: bool = True,
 ) -> None:
-    """Draw a line for each name through its estimates (name, x, estimate), with intervals.
+    """Draw a line for each name through its estimates (name, x, estimate), with or without ``intervals``.
 
     If not ``joined``, the estimates are drawn as separate points, side by side.
     """
@@ -143,7 +158,8 @@ def lines_of(
         apart = 0.0 if joined else 0.4 * ((number + 0.5) / len(names) - 0.5)
         places, scores = zip(*sorted((x + apart, score) for name, x, score in found if name == row), strict=True)
         values, form = [score.value for score in scores], f"{_MARKERS[number % len(_MARKERS)]}{'-' * joined}"
-        axes.errorbar(places, values, _errors(scores), fmt=form, capsize=3, label=row, alpha=0.85)
+        errors = _errors(scores) if intervals else None
+        axes.errorbar(places, values, errors, fmt=form, capsize=3, label=row, alpha=0.85)
     legend(axes, of)
 
 
