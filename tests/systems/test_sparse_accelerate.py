@@ -79,6 +79,20 @@ def test_padded_rows_get_what_each_gets_alone(model, ids):
         torch.testing.assert_close(together[row], alone[0], rtol=0, atol=1e-6)
 
 
+def test_rows_of_one_length_count_the_pairs_that_each_has_alone(model, ids):
+    prompt = ids(5, 23)
+
+    def pairs_of(prompt):
+        cache = LRSACache.of(model)
+        prefill(model, prompt, cache)
+        return [row.pairs for row in cache.measured(len(prompt))]
+
+    with using(model, LRSAConfig(system=SYSTEM)), torch.no_grad():
+        together = pairs_of(prompt)
+        assert len(set(together)) > 1
+        assert together == pytest.approx([pairs_of(row[None])[0] for row in prompt])
+
+
 def test_a_prompt_in_several_calls_is_refused(model, ids):
     prompt = ids(1, 20)
     with using(model, LRSAConfig(system=SYSTEM)), torch.no_grad():

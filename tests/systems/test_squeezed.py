@@ -117,7 +117,9 @@ def test_a_prompt_of_observed_tokens_alone_is_read_whole(model, ids):
     torch.testing.assert_close(found, dense, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("pads", [(0, 8, 3, 16), (0, 4, 25, 35)], ids=["indexed", "some without an index"])
+@pytest.mark.parametrize(
+    "pads", [(0, 8, 3, 16), (0, 4, 25, 35), (0, 0, 0, 0)], ids=["indexed", "some without an index", "of one length"]
+)
 @pytest.mark.parametrize("coarse", [None, 0.1])
 def test_rows_of_unequal_lengths_answer_together_as_each_does_alone(coarse, pads, model, ids, monkeypatch):
     """Each reads what it reads alone, also where their memory is full or another turn comes in between."""

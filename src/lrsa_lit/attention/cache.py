@@ -182,8 +182,7 @@ class LRSACache(Cache):
     def measured(self, rows: int) -> list[Measured]:
         """For each of the first ``rows`` rows, the cost of its past in all layers, and the cost of a dense cache."""
         fetch_numbers([stream for layer in self.layers for stream in layer.streams])
-        # Rows that share their streams cost the same.
-        apart = rows if any(len(layer.streams) > 1 for layer in self.layers) else 1
+        apart = 1 if all(layer.rows_cost_alike for layer in self.layers) else rows
         return [self._measured(row) for row in range(apart)] * (rows // apart)
 
     def _measured(self, row: int) -> Measured:

@@ -241,9 +241,15 @@ class LRSACacheLayer(CacheLayerMixin):
         stream, rows = self.streams[0 if shared else row], self.rows if shared else 1
         held, peak = stream.nbytes / rows, stream.peak_nbytes / rows
         dense = stream.seen * self._token_bytes
-        read = held if stream.read_share is None else dense * stream.read_share
-        pairs, stored = attended_pairs(stream.seen, None), _stored_tokens(stream) / rows
-        return Measured(held, peak, read, dense, stream.attended_pairs, pairs, stored, stream.seen, stream.seen)
+        pairs, share = stream.cost_of(row if shared else 0)
+        read = held if share is None else dense * share
+        dense_pairs, stored = attended_pairs(stream.seen, None), _stored_tokens(stream) / rows
+        return Measured(held, peak, read, dense, pairs, dense_pairs, stored, stream.seen, stream.seen)
+
+    @property
+    def rows_cost_alike(self) -> bool:
+        """Whether :meth:`measured` is the same for all rows."""
+        return len(self.streams) <= 1 and all(stream.rows_cost_alike for stream in self.streams)
 
     def probing_nbytes(self, row: int) -> float:
         """The most temporary bytes of a row: pairs of probes, or keys and values made from latents."""

@@ -89,27 +89,35 @@ class MaskedPromptStream(KeyValueStream):
         attended: (B, H, G) query-key pairs of the prompt.
     """
 
+    rows_cost_alike: ClassVar[bool] = False
+
     def __init__(self, system: SparseAccelerate, impl: Impl) -> None:
         super().__init__(None, impl)
         self.system = system
         self.patterns: Tensor | None = None
         self.attended: Tensor | None = None
-        self._ended, self._pairs = False, 0.0
+        # The pairs of each row that the host has fetched.
+        self._ended, self._pairs = False, list[float]()
 
     @property
     def attended_pairs(self) -> float:
-        """The pairs of the prompt."""
+        """The pairs of the prompt, mean over the rows."""
         fetch_numbers([self])
-        return super().attended_pairs if self.attended is None else self._pairs
+        return super().attended_pairs if self.attended is None else sum(self._pairs) / len(self._pairs)
+
+    def cost_of(self, row: int) -> tuple[float, float | None]:
+        """See :class:`Stream`."""
+        fetch_numbers([self])
+        return super().attended_pairs if self.attended is None else self._pairs[row], None
 
     @property
-    def on_device(self) -> list[Tensor]:
+    def on_device(self) -> Tensor | None:
         """See :class:`Stream`."""
-        return [] if self.attended is None or self._pairs else [self.attended.double().mean()]
+        return None if self.attended is None or self._pairs else self.attended.double().mean(dim=(1, 2))
 
     def fetched(self, numbers: Sequence[float]) -> None:
         """See :class:`Stream`."""
-        (self._pairs,) = numbers
+        self._pairs = list(numbers)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """As in :class:`Stream`; a UserError if a prompt comes in several calls."""

@@ -148,6 +148,8 @@ class SqueezedStream(KeyValueStream):
             counts as half a pair.
     """
 
+    rows_cost_alike: ClassVar[bool] = False
+
     def __init__(self, system: SqueezedAttention, impl: Impl) -> None:
         super().__init__(None, impl)
         self.system = system
@@ -157,11 +159,12 @@ class SqueezedStream(KeyValueStream):
         self._waiting: Tensor | None = None
         self._scale = 1.0
         self._together: RowsTogether | None = None
-        # Of each call with several tokens after the prompt, how many clustered keys they have not read. Numbers on the
-        # device, so that the host need not wait for them in each call.
+        # Of each call with several tokens after the prompt, how many clustered keys each row (B,) has not read. They
+        # stay on the device, so that the host need not wait for them in each call.
         self._unread: list[Tensor] = []
-        # Sums that the host has fetched, and of how many numbers.
-        self._fetched, self._of = (0.0, 0.0), (0, 0)
+        # For each row, the sums of both that the host has fetched; and the number of calls that they are of.
+        self._fetched: list[tuple[float, float]] = []
+        self._of = (0, 0)
         # The pairs that the tokens of the reads would have read in dense attention.
         self._dense = 0
 
@@ -174,33 +177,46 @@ class SqueezedStream(KeyValueStream):
 
     @property
     def attended_pairs(self) -> float:
-        """The dense pairs without the clustered keys that tokens after the prompt have not read."""
+        """The dense pairs without the clustered keys that tokens after the prompt have not read; mean over the rows."""
         fetch_numbers([self])
-        unread, read = self._fetched
+        return self._pairs(*self._mean)
+
+    @property
+    def read_share(self) -> float | None:
+        """Mean over the rows, the heads and the single tokens after the prompt."""
+        fetch_numbers([self])
+        return self._mean[1] / self._dense if self.reads else None
+
+    def cost_of(self, row: int) -> tuple[float, float | None]:
+        """See :class:`Stream`."""
+        fetch_numbers([self])
+        unread, read = self._fetched[row] if self._fetched else (0.0, 0.0)
+        return self._pairs(unread, read), read / self._dense if self.reads else None
+
+    @property
+    def _mean(self) -> tuple[float, float]:
+        """The fetched sums, mean over the rows."""
+        unread, read = (sum(sums) for sums in zip(*self._fetched, strict=True)) if self._fetched else (0.0, 0.0)
+        return unread / max(len(self._fetched), 1), read / max(len(self._fetched), 1)
+
+    def _pairs(self, unread: float, read: float) -> float:
         of_tokens = self._dense + len(self.reads) * looked_up_of(self.levels or ()) - read
         return super().attended_pairs - unread - of_tokens
 
     @property
-    def read_share(self) -> float | None:
-        """Mean over the heads and over the single tokens after the prompt."""
-        if not self.reads:
-            return None
-        fetch_numbers([self])
-        return self._fetched[1] / self._dense
-
-    @property
-    def on_device(self) -> list[Tensor]:
+    def on_device(self) -> Tensor | None:
         """See :class:`Stream`."""
         if self._of == (len(self._unread), len(self.reads)):
-            return []
-        parts = self._unread or [self.thresholds[0].new_zeros(())], self.reads or [self.thresholds[0].new_zeros(1, 1)]
-        unread, reads = (torch.stack(part).double() for part in parts)
-        return [unread.sum(), reads.mean(dim=(1, 2)).sum()]
+            return None
+        none = self.thresholds[0].new_zeros(len(self.thresholds[0]), 1)
+        unread = torch.stack(self._unread or [none[:, 0]]).double().sum(dim=0)
+        reads = torch.stack(self.reads or [none]).double().mean(dim=2).sum(dim=0)
+        return torch.stack([unread, reads], dim=1).flatten()
 
     def fetched(self, numbers: Sequence[float]) -> None:
         """See :class:`Stream`."""
-        unread, read = numbers
-        self._fetched, self._of = (unread, read), (len(self._unread), len(self.reads))
+        self._fetched = list(zip(numbers[::2], numbers[1::2], strict=True))
+        self._of = (len(self._unread), len(self.reads))
 
     @classmethod
     def attend_rows(
@@ -270,13 +286,14 @@ class SqueezedStream(KeyValueStream):
     def rows(self, indices: Tensor) -> SqueezedStream:
         """See :class:`Stream`."""
         other = SqueezedStream(self.system, self.impl)
-        other.seen, other._scale, other._dense, other._unread = self.seen, self._scale, self._dense, list(self._unread)
+        other.seen, other._scale, other._dense = self.seen, self._scale, self._dense
         other._store = None if self._store is None else self._store.rows(indices)
         other._waiting = None if self._waiting is None else self._waiting[indices]
         if self.levels is not None:
             other.levels = [Level(*(part[indices] for part in level)) for level in self.levels]
         other.thresholds = [threshold[indices] for threshold in self.thresholds]
         other.reads = [read[indices] for read in self.reads]
+        other._unread = [unread[indices] for unread in self._unread]
         return other
 
     def _attend_squeezed(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -295,7 +312,7 @@ class SqueezedStream(KeyValueStream):
             self._note(read.sum(dim=-1) + looked_up_of(self.levels or ()))
         else:
             read = torch.cat([chosen, always], dim=2)
-            self._unread.append(count * (~chosen).sum(dim=-1).double().mean())
+            self._unread.append(count * (~chosen).sum(dim=-1).double().mean(dim=1))
         causal = torch.ones(count, read.shape[2], dtype=torch.bool, device=key.device).tril(read.shape[2] - count)
         visible = (read[:, :, None] & causal).repeat(1, 1, query.shape[2], 1)
         rows = query.flatten(2, 3)

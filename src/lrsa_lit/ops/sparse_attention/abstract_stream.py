@@ -5,6 +5,7 @@ Dimensions: B batch, H key-value heads, Hq query heads, D head_dim.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
@@ -23,10 +24,12 @@ class Stream(ABC):
     Attributes:
         seen: tokens received so far.
         part_by_part: whether a prompt is processed in many small parts, so that each further row costs the host much.
+        rows_cost_alike: whether all rows of the batch compute and read equally many pairs.
     """
 
     seen: int = 0
     part_by_part: ClassVar[bool] = False
+    rows_cost_alike: ClassVar[bool] = True
     # The most bytes held within a call; set by streams that hold more during a call than after it.
     _peak: int = 0
     # The most additional bytes while :meth:`KeyValueStream.probe` attends, which one layer does at a time.
@@ -80,10 +83,14 @@ class Stream(ABC):
         """
         return None
 
+    def cost_of(self, row: int) -> tuple[float, float | None]:
+        """:attr:`attended_pairs` and :attr:`read_share` of one row; override it if :attr:`rows_cost_alike` is false."""
+        return self.attended_pairs, self.read_share
+
     @property
-    def on_device(self) -> list[Tensor]:
-        """Numbers that other properties need and the host has not fetched yet, of one device."""
-        return []
+    def on_device(self) -> Tensor | None:
+        """Numbers (M,) that other properties need and the host has not fetched yet; None if it has all."""
+        return None
 
     def fetched(self, numbers: Sequence[float]) -> None:  # noqa: B027 - most streams have no such numbers
         """Take what :func:`fetch_numbers` has fetched of :attr:`on_device`."""
@@ -115,11 +122,11 @@ class Stream(ABC):
 
 def fetch_numbers(streams: Sequence[Stream]) -> None:
     """Fetch the numbers that streams have on their devices; the host waits once for each device."""
-    waiting: dict[torch.device, list[tuple[Stream, list[Tensor]]]] = {}
+    waiting: dict[torch.device, list[tuple[Stream, Tensor]]] = {}
     for stream in streams:
-        if numbers := stream.on_device:
-            waiting.setdefault(numbers[0].device, []).append((stream, numbers))
+        if (numbers := stream.on_device) is not None:
+            waiting.setdefault(numbers.device, []).append((stream, numbers))
     for some in waiting.values():
-        values = iter(torch.stack([number for _, numbers in some for number in numbers]).tolist())
+        values = iter(torch.cat([numbers for _, numbers in some]).tolist())
         for stream, numbers in some:
-            stream.fetched([next(values) for _ in numbers])
+            stream.fetched(list(itertools.islice(values, len(numbers))))
