@@ -11,6 +11,7 @@ from lrsa_lit.attention import LRSACache, LRSAConfig, prefill, read_prompts, usi
 from lrsa_lit.attention.decoding import Decoder
 from lrsa_lit.systems import (
     TOVA,
+    AdaKV,
     Cascade,
     ChunkKV,
     ChunkKVPress,
@@ -76,6 +77,33 @@ def of_cut(model, prompt, system, dense_layers=()):
 @pytest.mark.parametrize("system", SCORED, ids=lambda system: type(system).__name__)
 def test_a_cut_costs_no_more_for_more_rows(system, model, ids):
     assert of_cut(model, ids(1, 30), system) == of_cut(model, ids(4, 30), system)
+
+
+@pytest.mark.parametrize(
+    "system",
+    [*SCORED, AdaKV(scorer=KeyNorm()), ChunkKV(0.5, size=3, window=2, reuse=2)],
+    ids=lambda system: type(system).__name__,
+)
+def test_the_cuts_of_unequal_rows_make_the_host_wait_once(system, model, ids, monkeypatch):
+    """All rows are copied to the host together, and each keeps what it keeps alone."""
+    prompt, begins, fetch, fetched = ids(4, 31), (0, 7, 2, 12), torch.Tensor.cpu, []
+    mask = (torch.arange(31) >= torch.tensor(begins)[:, None]).long()
+
+    def kept(prompt, mask):
+        cache = LRSACache.of(model)
+        prefill(model, prompt * mask, cache, attention_mask=mask)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "cpu", lambda tensor: fetched.append(tensor) or fetch(tensor))
+            cache.end_prompt()
+        return [[stream.kept for stream in layer.streams] for layer in cache.layers]
+
+    with using(model, LRSAConfig(system=system)), torch.no_grad():
+        together = kept(prompt, mask)
+        assert len(fetched) == 1
+        for row, begin in enumerate(begins):
+            alone = kept(prompt[row : row + 1, begin:], mask[row : row + 1, begin:])
+            for layer, (own,) in zip(together, alone, strict=True):
+                assert layer[row].equal(own)
 
 
 @pytest.mark.parametrize(

@@ -156,8 +156,8 @@ class LRSACache(Cache):
                 # Dense layers too, because all layers must have the same number of streams.
                 for layer in self.layers:
                     layer.split()
-            for row, streams in enumerate(self.system_streams()):
-                cutting[row % len(cutting)].end_prompt(streams)
+            rows = self.system_streams()
+            system.end_prompts([cutting[row % len(cutting)] for row in range(len(rows))], rows)
 
     def system_streams(self) -> list[tuple[Stream, ...]]:
         """For all rows together, or for each row, the streams of the layers with a system; empty if all are dense."""

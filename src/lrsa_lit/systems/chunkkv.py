@@ -5,7 +5,7 @@ Dimensions: B batch, H key-value heads, T tokens of the prompt, c tokens of a ch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from lrsa_lit.bounds import check_integers
 from lrsa_lit.ops.sparse_attention import Stream
 from lrsa_lit.ops.sparse_attention.scoring import runs_of
-from lrsa_lit.systems.one_shot import OneShot, OneShotStream, Prompt, ascending, cut, due, highest, together
+from lrsa_lit.systems.one_shot import OneShot, OneShotStream, Prompt, ascending, due, highest, together
 from lrsa_lit.systems.query_scores import window_attention
 from lrsa_lit.systems.rescored import Rescored
 
@@ -109,8 +109,7 @@ class ChunkKV(OneShot):
         kept = ascending(torch.cat([body, window.expand(len(body), -1)], dim=1), tokens)
         return kept[:, None].expand(-1, prompt.key.shape[1], -1)
 
-    @torch.no_grad()
-    def end_prompt(self, streams: Sequence[Stream]) -> None:
+    def selections(self, streams: Sequence[Stream]) -> Iterator[tuple[Sequence[OneShotStream], Tensor]]:
         """Select in all layers at once; the first layer of a group that is not dense chooses for the group."""
         groups: dict[int, list[OneShotStream]] = {}
         for stream in due(streams):
@@ -119,7 +118,7 @@ class ChunkKV(OneShot):
             kept = self.keep(Prompt.of_layers([first.prompt() for first in some])).chunk(len(some))
             members = [groups[first.place.layer // self.reuse] for first in some]
             own = [part for part, group in zip(kept, members, strict=True) for _ in group]
-            cut([stream for group in members for stream in group], torch.cat(own))
+            yield [stream for group in members for stream in group], torch.cat(own)
 
 
 def chunk_sums(of_tokens: Tensor, size: int) -> tuple[Tensor, Tensor]:

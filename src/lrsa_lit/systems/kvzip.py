@@ -6,7 +6,7 @@ a part of the prompt, Q tokens that repeat it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,7 +19,7 @@ from lrsa_lit.errors import UserError
 from lrsa_lit.ops.sparse_attention import Impl, Stream
 from lrsa_lit.systems.adakv import UnequalStream, highest_together
 from lrsa_lit.systems.at_once import queries_at_once
-from lrsa_lit.systems.one_shot import OneShot, Prompt, cut
+from lrsa_lit.systems.one_shot import OneShot, OneShotStream, Prompt
 from lrsa_lit.systems.system import Encode, Place, Repeat
 
 _NAMED = 8
@@ -108,7 +108,7 @@ class KVzip(OneShot):
         for stream in _due(streams):
             stream.part = slice(repeat.start, repeat.stop)
 
-    def end_prompt(self, streams: Sequence[Stream]) -> None:
+    def selections(self, streams: Sequence[Stream]) -> Iterator[tuple[Sequence[OneShotStream], Tensor]]:
         """Select from the prompt of one row.
 
         Raises:
@@ -116,7 +116,7 @@ class KVzip(OneShot):
         """
         due = _due(streams)
         for shared in [[stream] for stream in due] if self.per_layer else [due] if due else []:
-            cut(shared, self.share_out([stream.scores_for(self) for stream in shared]))
+            yield shared, self.share_out([stream.scores_for(self) for stream in shared])
 
     def share_out(self, scores: Sequence[Tensor]) -> Tensor:
         """The positions to keep in some layers: (layers, H, at most T), padded with -1.
@@ -177,7 +177,7 @@ class RepeatStream(UnequalStream):
     def cut(self, kept: Tensor, positions: Tensor, counts: Sequence[Sequence[int]]) -> None:
         """As in :class:`UnequalStream`; also drops the scores."""
         self._peak = self.peak_nbytes
-        super().cut(kept.to(self.buffer.filled[0].device), positions, counts)
+        super().cut(kept, positions, counts)
         self._noted = []
 
     def rows(self, indices: Tensor) -> RepeatStream:

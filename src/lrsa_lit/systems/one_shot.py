@@ -140,11 +140,21 @@ class OneShot(Wants, System):
             return self
         return self.sized(max(self.pairs - tokens, self.least))
 
-    @torch.no_grad()
     def end_prompt(self, streams: Sequence[Stream]) -> None:
-        """Select in all layers at once, as far as memory allows."""
+        """See :class:`System`."""
+        self.end_prompts([self], [streams])
+
+    @staticmethod
+    @torch.no_grad()
+    def end_prompts(systems: Sequence[System], rows: Sequence[Sequence[Stream]]) -> None:
+        """Select in all rows, then cut all of them."""
+        own = zip((system for system in systems if isinstance(system, OneShot)), rows, strict=True)
+        cut([selection for system, streams in own for selection in system.selections(streams)])
+
+    def selections(self, streams: Sequence[Stream]) -> Iterator[tuple[Sequence[OneShotStream], Tensor]]:
+        """Groups of layers, as large as memory allows, and the positions to keep of all their rows (B, H, n)."""
         for some in together(due(streams)):
-            cut(some, self.keep(Prompt.of_layers([stream.prompt() for stream in some])))
+            yield some, self.keep(Prompt.of_layers([stream.prompt() for stream in some]))
 
     def keep(self, prompt: Prompt) -> Tensor:
         """The positions to keep, (B, H, n) int64, ascending. If all are kept, no scores are computed.
@@ -178,14 +188,21 @@ def together(streams: Sequence[OneShotStream]) -> Iterator[list[OneShotStream]]:
             yield some[start : start + at_once]
 
 
-def cut(streams: Sequence[OneShotStream], kept: Tensor) -> None:
-    """Keep only the pairs at these positions (B, H, n) of all streams' rows; the host waits once for the device."""
-    positions = kept.cpu()
-    counts = (positions >= 0).sum(dim=-1).tolist()
-    rows = len(counts) // len(streams)
-    for number, stream in enumerate(streams):
-        own = slice(number * rows, (number + 1) * rows)
-        stream.cut(kept[own], positions[own], counts[own])
+def cut(selections: Sequence[tuple[Sequence[OneShotStream], Tensor]]) -> None:
+    """Keep only the pairs at some positions (B, H, n) of all rows of streams; the host waits once for each device."""
+    on: dict[torch.device, list[tuple[Sequence[OneShotStream], Tensor]]] = {}
+    for streams, kept in selections:
+        on.setdefault(kept.device, []).append((streams, kept))
+    for some in on.values():
+        fetched = torch.cat([kept.flatten() for _, kept in some]).cpu().split([kept.numel() for _, kept in some])
+        for (streams, kept), flat in zip(some, fetched, strict=True):
+            positions = flat.view(kept.shape)
+            counts = (positions >= 0).sum(dim=-1).tolist()
+            rows = len(counts) // len(streams)
+            for number, stream in enumerate(streams):
+                own = slice(number * rows, (number + 1) * rows)
+                # Layers that share a choice may be on different devices.
+                stream.cut(kept[own].to(stream.buffer.filled[0].device), positions[own], counts[own])
 
 
 def highest(scores: Tensor, count: int) -> Tensor:

@@ -170,6 +170,12 @@ class System(FromSettings, ABC):
         for stream in streams:
             stream.end_prompt()
 
+    @staticmethod
+    def end_prompts(systems: Sequence[System], rows: Sequence[Sequence[Stream]]) -> None:
+        """:meth:`end_prompt` of several rows, each with its own settings of the same system."""
+        for system, streams in zip(systems, rows, strict=True):
+            system.end_prompt(streams)
+
     def attended_pairs(self, length: int) -> int:
         """Query-key pairs of one head over a prompt; those of dense causal attention unless overridden."""
         return attended_pairs(length, None)
