@@ -19,7 +19,8 @@ import torch
 import transformers
 
 from lrsa_lit.attention import LRSAConfig
-from lrsa_lit.cli.estimate import Batches, Cost, cost_of, measure
+from lrsa_lit.cli.estimate import cost_of
+from lrsa_lit.cli.step_cost import Batches, Cost, measure
 from lrsa_lit.data.collate import collate
 from lrsa_lit.models import Backbone, LoRA
 from lrsa_lit.tasks import LongContextQA

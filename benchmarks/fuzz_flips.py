@@ -86,7 +86,7 @@ def readers() -> dict[str, tuple[str, Reader]]:
 
     def fit(path: Path) -> Any:
         content, about = test(path), resume.about(path)
-        resume.check_continues(path, about.settings or {}, about.processes or 1)
+        resume.check_continues(path, about, about.settings or {}, about.processes or 1, about.step)
         return content, about
 
     def last(path: Path) -> Any:

@@ -72,10 +72,10 @@ def main(args: list[str] | None = None) -> int:
     for name in options.models:
         model, tokenizer, ids = _model(name, options)
         encode = functools.partial(tokenizer.encode, add_special_tokens=False)
-        cases = list(_cases(options.tokens))
-        theirs = _peer(model, tokenizer, ids, cases, options)
+        compared = list(cases(options.tokens))
+        theirs = _peer(model, tokenizer, ids, compared, options)
         record["peer"] = theirs["versions"].tolist()
-        for case in cases:
+        for case in compared:
             row = {"model": name, "case": case.label, **_compared(model, ids, case, theirs, encode)}
             record["rows"].append(row)
             print(json.dumps(row), flush=True)
@@ -96,7 +96,8 @@ def _parse(args: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(args)
 
 
-def _cases(lengths: list[int]) -> Iterator[Case]:
+def cases(lengths: list[int]) -> Iterator[Case]:
+    """Each press and system to compare, at prompts of these lengths, with a half and three quarters removed."""
     for tokens in lengths:
         yield Case("", tokens, 0).dense
         for removed in (0.5, 0.75):
@@ -116,18 +117,18 @@ def _cases(lengths: list[int]) -> Iterator[Case]:
 def _pairs(removed: float) -> Iterator[tuple[str, dict[str, Any], System]]:
     kept = 1 - removed
     snap, expected = _press("SnapKVPress", removed), _press("ExpectedAttentionPress", removed, epsilon=0.01)
-    expecting = systems.ExpectedAttention(kept, epsilon=0.01)
     cross = {"sink_size": LAG["n_sink"], "lag_size": LAG["lag_size"], "cross_scoring": True}
     yield "SnapKV", snap, systems.SnapKV(kept)
     yield "TOVA", _press("TOVAPress", removed), systems.TOVA(kept)
     yield "KeyDiff", _press("KeyDiffPress", removed), systems.KeyDiff(kept)
     yield "key norm", _press("KnormPress", removed), systems.KeyNorm(kept)
     yield "StreamingLLM", _press("StreamingLLMPress", removed), systems.StreamingLLM(kept)
-    yield "Expected Attention", expected, expecting
+    yield "Expected Attention", expected, systems.ExpectedAttention(kept, epsilon=0.01)
     yield "ChunkKV", {"class": "ChunkKVPress", "init": {"press": snap}}, systems.ChunkKVPress(kept)
     yield "LagKV across", _press("LagKVPress", removed, **LAG, cross_scoring=True), systems.LagKVPress(kept, **cross)
     # There sinks are repeated as well, so there are none here. The suffix is kvpress's where it has no chat template.
     yield "KVzip", _press("KVzipPress", removed, n_sink=0), systems.KVzip(kept, sink_size=0)
+    expecting = systems.ExpectedAttention(epsilon=0.01)
     for name, press, scorer in (("SnapKV", snap, systems.SnapKV()), ("Expected Attention", expected, expecting)):
         yield f"AdaKV, {name}", {"class": "AdaKVPress", "init": {"press": press}}, systems.AdaKV(kept, scorer=scorer)
 
@@ -194,7 +195,7 @@ def _run(model: Any, ids: list[int], case: Case, encode: Encode, cut: Tensor | N
         prefill(model, tokens[:, : case.tokens], cache)
         if isinstance(cache, LRSACache):
             for layer, positions in zip(cache.layers, [] if cut is None else cut, strict=cut is not None):
-                one_shot.cut(layer.streams, _positions(positions)[None])
+                one_shot.cut([(layer.streams, _positions(positions)[None])])
             end_prompt(model, cache, tokens[:, : case.tokens], encode=encode)
             kept = torch.stack([_mask(layer.streams[0].kept, case.tokens) for layer in cache.layers])
         answer = range(case.tokens, case.tokens + ANSWER)

@@ -76,9 +76,7 @@ def estimate(task: LongContextQA, data: QADataModule, trainer: lightning.Trainer
         raise UserError("--estimate", reason=reason)
     batches, lengths = _batches(data)
     options = {name: settings[name] for name in _TRAINER if settings.get(name) is not None}
-    whole = _layers(task)
-    measured = _measure_few(whole, lambda layers: measure(_shortened(task, layers), batches, options))
-    cost = extrapolate(whole, measured)
+    cost, measured = cost_of(task, batches, options)
     passes, device = trainer.accumulate_grad_batches, trainer.strategy.root_device
     seconds = passes * cost.pass_seconds + cost.step_seconds
     tokens = passes * trainer.world_size * sum(map(_tokens, batches.typical)) / len(batches.typical)
@@ -107,6 +105,13 @@ def estimate(task: LongContextQA, data: QADataModule, trainer: lightning.Trainer
         "Validation, checkpoints, waiting for data and communication between devices are not included."
     )
     return table
+
+
+def cost_of(task: LongContextQA, batches: Batches, options: dict[str, Any]) -> tuple[Cost, list[Layers]]:
+    """The cost of a step, extrapolated from models of a few layers, and their layers; arguments as of `measure`."""
+    whole = _layers(task)
+    measured = _measure_few(whole, lambda layers: measure(_shortened(task, layers), batches, options))
+    return extrapolate(whole, measured), [*measured]
 
 
 def extrapolate(whole: Layers, measured: Mapping[Layers, Cost]) -> Cost:
